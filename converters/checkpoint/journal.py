@@ -1,0 +1,253 @@
+"""The state of an unfinished folder: who is writing it, what job it is, which shards are done and what is in them.
+
+Everything lives in `DST/.glm4moe/` until the manifest, the commit marker, stands in DST; then the folder is removed.
+
+    lock            held with flock by the process that writes
+    job.json        what the job is: its identity, compared field by field on resume
+    journal*.jsonl  one line a finished shard, appended and synced after the shard has its final name: digest and record
+
+A line that was cut off by a crash, or damaged, is dropped, and its shard is written again.
+"""
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import socket
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from converters.checkpoint.writer import disk_errors, sync_folder, write_json
+from converters.config import read_json
+from converters.errors import ConfigError, InputError, LockedError, UsageError
+
+STATE_FOLDER = ".glm4moe"
+JOB_FILE = "job.json"
+SWAP_FILE = "swap.json"  # an update is taking the old result's place
+LISTING_FILE = "listing.json"  # a download's, in the same folder
+LOCK_FILE = "lock"
+_NO_LOCKS = frozenset({errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP})
+_NO_LINKS = frozenset({errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP})
+JOURNAL_FILE = "journal{}.jsonl"  # filled with the suffix of a part
+
+
+@dataclass(frozen=True, slots=True)
+class TensorRecord:
+    """What is known about a written tensor: its bytes' sha256, and the sha256 of the source bytes it was made from."""
+
+    sha256: str
+    source_sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class ShardRecord:
+    """A finished shard: its size and its tensors."""
+
+    file: str
+    file_bytes: int
+    tensors: dict[str, TensorRecord]
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> "ShardRecord":
+        """Build from a parsed journal line."""
+        tensors = {name: TensorRecord(**record) for name, record in value["tensors"].items()}
+        return cls(value["file"], value["file_bytes"], tensors)
+
+
+def state_folder(dst: Path) -> Path:
+    """Return the folder that holds the state of an unfinished DST."""
+    return dst / STATE_FOLDER
+
+
+class FolderLock:
+    """DST held against other runs. The kernel drops the lock when its holder dies.
+
+    A part of a split run holds the folder together with the other parts, and its own number alone. Correctness does not
+    depend on locks: files are published by rename, and finished parts are proved by content.
+    """
+
+    def __init__(self, dst: Path, part_suffix: str) -> None:
+        self.dst = dst
+        self.state = state_folder(dst)
+        self._descriptors: list[int] = []
+        with disk_errors(dst):
+            _make_durably(self.state)
+            self._folder = self._open(LOCK_FILE)
+            if part_suffix:
+                self._take(self._folder, fcntl.LOCK_SH)
+                self._take(self._open(LOCK_FILE + part_suffix), fcntl.LOCK_EX)
+            else:
+                self._take(self._folder, fcntl.LOCK_EX)
+
+    def become_exclusive(self) -> bool:
+        """Try to hold the folder alone; False if another part is still at work."""
+        try:
+            _flock(self._folder, fcntl.LOCK_EX)
+        except BlockingIOError:
+            return False
+        return True
+
+    def release(self) -> None:
+        """Let go of the folder, not of the part."""
+        _flock(self._folder, fcntl.LOCK_UN)
+
+    def close(self) -> None:
+        """Let go."""
+        while self._descriptors:
+            os.close(self._descriptors.pop())
+
+    def _open(self, name: str) -> int:
+        descriptor = os.open(self.state / name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        self._descriptors.append(descriptor)
+        return descriptor
+
+    def _take(self, descriptor: int, kind: int) -> None:
+        try:
+            _flock(descriptor, kind)
+        except BlockingIOError as error:
+            holder = os.pread(descriptor, 200, 0).decode(errors="replace").strip()
+            self.close()
+            raise LockedError(
+                f"DST {self.dst}",
+                expected="no other run in it",
+                found=holder or "one",
+                next_step="Wait for it, or stop it and run the same command again.",
+            ) from error
+        if kind == fcntl.LOCK_EX:
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+
+
+def _flock(descriptor: int, kind: int) -> None:
+    """Take a lock without waiting; where the file system has none, go on without."""
+    try:
+        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+
+
+def _make_durably(folder: Path) -> None:
+    """Make a folder and its parents, so that none of them can be lost with what is later synced in it."""
+    new = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    # the two innermost ones are ours; an earlier run may have been killed before it synced them
+    for path in {folder.parent, folder.parent.parent, *(path.parent for path in new)}:
+        if os.access(path, os.R_OK):
+            sync_folder(path)
+
+
+@contextmanager
+def locked(dst: Path, part_suffix: str = "") -> Iterator[FolderLock]:
+    """Hold DST, or one part of it; its state folder is created if need be.
+
+    Raises:
+        LockedError: another process holds it.
+    """
+    lock = FolderLock(dst, part_suffix)
+    try:
+        yield lock
+    finally:
+        lock.close()
+
+
+def create_json(path: Path, value: dict[str, Any]) -> bool:
+    """Write a JSON file unless it exists; return whether it was written. Of several processes exactly one succeeds."""
+    # not the process id: machines that share the folder may have the same one
+    own = path.with_name(f"{path.name}.{os.urandom(4).hex()}")
+    with disk_errors(path):
+        write_json(own, value)
+        try:
+            os.link(own, path)
+        except FileExistsError:
+            return False
+        except OSError as error:
+            if error.errno not in _NO_LINKS:
+                raise
+            if path.exists():
+                return False
+            os.replace(own, path)
+        finally:
+            own.unlink(missing_ok=True)
+        sync_folder(path.parent)
+    return True
+
+
+def is_job_begun(dst: Path) -> bool:
+    """Return whether a conversion was begun in DST; a download keeps its state in the same folder, but no job."""
+    return any((state_folder(dst) / name).is_file() for name in (JOB_FILE, SWAP_FILE))
+
+
+def open_job(state: Path, job: dict[str, Any]) -> bool:
+    """Record the job, or compare it with the one already there; return whether this resumes one.
+
+    Raises:
+        UsageError: DST belongs to another job; the first differing field is named.
+    """
+    path = state / JOB_FILE
+    if not path.exists():
+        # without its job, a journal could be any job's
+        for journal in state.glob(JOURNAL_FILE.format("*")):
+            journal.unlink(missing_ok=True)
+    if create_json(path, job):
+        return False
+    try:
+        recorded = read_json(path)
+    except ConfigError as error:
+        raise InputError(
+            str(path),
+            expected="the record of an unfinished job",
+            found="something else",
+            next_step="Run with --restart to begin anew.",
+        ) from error
+    for field in sorted(job.keys() | recorded.keys()):
+        if job.get(field) != recorded.get(field):
+            raise UsageError(
+                f"DST {path.parent.parent}: {field}",
+                expected=f"{recorded.get(field)!r}, as the unfinished job in it",
+                found=repr(job.get(field)),
+                next_step="Run that job's command, or begin anew with --restart.",
+            )
+    return True
+
+
+def read_journal(state: Path) -> dict[str, ShardRecord]:
+    """Return the shards recorded as done, by file; a line that does not fit its own digest is ignored."""
+    done: dict[str, ShardRecord] = {}
+    for path in sorted(state.glob(JOURNAL_FILE.format("*"))):
+        try:
+            data = path.read_bytes()
+        except FileNotFoundError:
+            continue  # another part has finished the folder meanwhile
+        for line in data.split(b"\n"):
+            digest, _, text = line.partition(b" ")
+            if text and digest == _line_digest(text):
+                record = ShardRecord.from_json(json.loads(text))
+                done[record.file] = record
+    return done
+
+
+def append_journal(state: Path, record: ShardRecord, file: str) -> None:
+    """Append a line and sync it. It starts with a newline, so that a half-written line before it stays alone."""
+    path = state / file
+    text = json.dumps(asdict(record), separators=(",", ":")).encode()
+    with disk_errors(path):
+        is_new = not path.exists()
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
+        try:
+            data = memoryview(b"\n" + _line_digest(text) + b" " + text + b"\n")
+            while len(data):
+                data = data[os.write(descriptor, data) :]
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+        if is_new:
+            sync_folder(state)
+
+
+def _line_digest(text: bytes) -> bytes:
+    return hashlib.sha256(text).hexdigest()[:16].encode()

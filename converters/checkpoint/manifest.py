@@ -1,0 +1,157 @@
+"""The manifest: provenance and sha256 of every output tensor. It is written last and marks the folder as finished.
+
+It holds no time, host or path, so that the same job gives the same bytes.
+"""
+
+import hashlib
+import json
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+from converters.checkpoint.header import TensorEntry
+from converters.checkpoint.journal import ShardRecord
+from converters.checkpoint.plan import OutputPlan, Shard, Unit
+from converters.checkpoint.reader import CheckpointReader
+from converters.checkpoint.writer import write_file
+from converters.config import read_json
+from converters.errors import InputError, SecurityError
+from converters.transforms.rows import RowTransform
+
+MANIFEST_FILE = "glm4moe-manifest.json"
+SCHEMA = "glm4moe.manifest/1"
+MAX_MANIFEST_BYTES = 256 << 20
+# facts about how a transform runs, not about what it does
+_TENSOR_KEYS = frozenset({"file", "dtype", "shape", "sha256", "source_sha256", "transform", "sources"})
+_NOT_PARAMETERS = frozenset({"name", "working_bytes"})
+
+
+def transform_json(transform: RowTransform) -> dict[str, Any]:
+    """Return a transform as its name and parameters."""
+    names = [field.name for field in fields(transform) if field.name not in _NOT_PARAMETERS]  # type: ignore[arg-type]
+    return {"name": transform.name, **{name: str(getattr(transform, name)) for name in names}}
+
+
+def plan_digest(plan: OutputPlan) -> str:
+    """Return sha256 over all that decides the output's bytes besides the source's: headers, source rows, transforms."""
+    digest = hashlib.sha256()
+    for shard in plan.shards:
+        digest.update(shard.file.encode() + shard.header)
+        for unit in shard.units:
+            digest.update(repr((unit.sources, sorted(transform_json(unit.transform).items()))).encode())
+    return digest.hexdigest()
+
+
+def source_digest(reader: CheckpointReader, config: dict[str, Any]) -> str:
+    """Return sha256 over a source's headers and config: what it is, without reading its data."""
+    entries = sorted((name, file, asdict(entry)) for name, (file, entry) in reader.index.entries.items())
+    return hashlib.sha256(json.dumps([entries, config], sort_keys=True).encode()).hexdigest()
+
+
+def build_manifest(
+    plan: OutputPlan, reader: CheckpointReader, job: dict[str, Any], done: dict[str, ShardRecord], side: dict[str, str]
+) -> dict[str, Any]:
+    """Return the manifest.
+
+    Args:
+        plan: what was done.
+        reader: the source, for the places that tensors came from.
+        job: the identity of the job.
+        done: the record of every shard, by file.
+        side: sha256 of the other files, by name.
+    """
+    tensors = {}
+    for shard in plan.shards:
+        units = {output.name: unit for unit in shard.units for output in unit.outputs}
+        for entry in shard.entries:
+            record = done[shard.file].tensors[entry.name]
+            tensors[entry.name] = {
+                **_place(shard, entry),
+                "sha256": record.sha256,
+                **provenance(units[entry.name], reader),
+                "source_sha256": record.source_sha256,
+            }
+    shards = {shard.file: {"bytes": shard.file_bytes} for shard in plan.shards}
+    return {
+        "schema": SCHEMA,
+        "job": job,
+        "shards": shards,
+        "files": dict(sorted(side.items())),
+        "dropped": dict(sorted(plan.dropped.items())),
+        "tensors": tensors,
+    }
+
+
+def _place(shard: Shard, entry: TensorEntry) -> dict[str, Any]:
+    return {
+        "file": shard.file,
+        "offset": entry.begin,
+        "bytes": entry.nbytes,
+        "dtype": entry.dtype,
+        "shape": list(entry.shape),
+    }
+
+
+def provenance(unit: Unit, reader: CheckpointReader) -> dict[str, Any]:
+    """Return how a unit's outputs are made: the transform with its parameters, and the source rows."""
+    sources = [
+        {"file": reader.index.entries[rows.name][0], "offset": reader.entry(rows.name).begin, **rows.as_json()}
+        for rows in unit.sources
+    ]
+    return {"transform": transform_json(unit.transform), "sources": sources}
+
+
+def write_manifest(dst: Path, manifest: dict[str, Any]) -> None:
+    """Write the manifest, one tensor a line."""
+    tensors = manifest["tensors"]
+    head = json.dumps({key: value for key, value in manifest.items() if key != "tensors"}, indent=1)
+    lines = ",\n".join(f" {json.dumps(name)}: {json.dumps(value)}" for name, value in tensors.items())
+    write_file(dst / MANIFEST_FILE, f'{head[:-2]},\n "tensors": {{\n{lines}\n }}\n}}\n'.encode())
+
+
+def read_manifest(folder: Path) -> dict[str, Any] | None:
+    """Return the manifest of a finished folder, or None if there is none.
+
+    A published checkpoint carries its manifest along, so it is input like any other file.
+
+    Raises:
+        InputError: it is no manifest. SecurityError: it names a file outside of the folder.
+    """
+    path = folder / MANIFEST_FILE
+    if not path.exists():
+        return None
+    manifest = read_json(path, MAX_MANIFEST_BYTES)
+    if not _is_manifest(manifest):
+        raise InputError(
+            str(path),
+            expected=f"a manifest of the form {SCHEMA}",
+            found="something else",
+            next_step="Remove it, or the folder, and convert anew.",
+        )
+    for name in (*manifest["shards"], *manifest["files"]):
+        plain_name(name)
+    return manifest
+
+
+def _is_manifest(value: dict[str, Any]) -> bool:
+    kinds = ("job", "shards", "files", "tensors")
+    if value.get("schema") != SCHEMA or any(not isinstance(value.get(key), dict) for key in kinds):
+        return False
+    tensors, shards = value["tensors"].values(), value["shards"].values()
+    return (
+        {"source", "version"} <= value["job"].keys()
+        and all(isinstance(tensor, dict) and tensor.keys() >= _TENSOR_KEYS for tensor in tensors)
+        and all(isinstance(shard, dict) and type(shard.get("bytes")) is int for shard in shards)
+        and all(tensor["file"] in value["shards"] for tensor in tensors)
+    )
+
+
+def plain_name(name: str) -> str:
+    """Return a file name that stays in its folder.
+
+    Raises:
+        SecurityError: it would not.
+    """
+    if name != Path(name).name or name.startswith(".") or "\\" in name or not name.isprintable():
+        raise SecurityError(f"{MANIFEST_FILE}: {name!r}", expected="a plain file name")
+    return name

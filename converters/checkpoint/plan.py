@@ -1,0 +1,280 @@
+"""The output plan: every file, tensor and byte offset, known before any data is read."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from math import prod
+from typing import Any
+
+from converters.checkpoint.dtypes import itemsize
+from converters.checkpoint.header import TensorEntry, build_header, num_rows
+from converters.errors import InputError
+from converters.transforms.rows import RowTransform
+
+DEFAULT_MAX_SHARD_BYTES = 5_000_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class OutputTensor:
+    """A tensor to be written."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of data."""
+        return prod(self.shape) * itemsize(self.dtype)
+
+    @property
+    def rows(self) -> int:
+        """Rows of the tensor seen as a matrix; see `num_rows`."""
+        return num_rows(self.shape)
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a row."""
+        return self.nbytes // max(1, self.rows)
+
+
+@dataclass(frozen=True, slots=True)
+class Columns:
+    """Columns [start, stop) of the `width` that a row has."""
+
+    start: int
+    stop: int
+    width: int
+
+
+@dataclass(frozen=True, slots=True)
+class Beside:
+    """Rows of another tensor that the transform needs: row `start + (offset + i) // span` belongs to source row i."""
+
+    name: str
+    start: int
+    offset: int
+    span: int
+
+    def row(self, index: int) -> int:
+        """Return the row that belongs to a source row, counted from the first."""
+        return self.start + (self.offset + index) // self.span
+
+
+@dataclass(frozen=True, slots=True)
+class SourceRows:
+    """Rows [start, stop) of a source tensor seen as a matrix; see `num_rows`.
+
+    Attributes:
+        columns: only these columns of what the transform makes of them; None: all.
+        beside: what the transform gets with them, row for row.
+        right: as many rows of another tensor, whose transformed columns are appended.
+        is_shared: the same rows are also the source of another output, because one value stands for several weights.
+    """
+
+    name: str
+    start: int
+    stop: int
+    columns: Columns | None = None
+    beside: tuple[Beside, ...] = ()
+    right: "SourceRows | None" = None
+    is_shared: bool = False
+
+    @property
+    def rows(self) -> int:
+        """Number of rows."""
+        return self.stop - self.start
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the rows alone are what is read, all columns of them."""
+        return self.columns is None and not self.beside and self.right is None
+
+    def reads(self) -> "Iterator[tuple[str, int, int]]":
+        """Yield name, start and stop of all rows that are read: these, those beside them, those to the right."""
+        yield self.name, self.start, self.stop
+        for beside in self.beside:
+            yield beside.name, beside.row(0), beside.row(self.rows - 1) + 1
+        if self.right is not None:
+            yield from self.right.reads()
+
+    def as_json(self) -> dict[str, Any]:
+        """Return name, start and stop, and the other attributes where they say something."""
+        facts: dict[str, Any] = {"name": self.name, "start": self.start, "stop": self.stop}
+        if self.columns is not None:
+            facts["columns"] = asdict(self.columns)
+        if self.beside:
+            facts["beside"] = [asdict(beside) for beside in self.beside]
+        return facts if self.right is None else {**facts, "right": self.right.as_json()}
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """Outputs that are made together, row for row, from the same source rows.
+
+    Row r of every output comes from row r of the concatenated sources; without sources the transform knows the output.
+    `equals` are source rows that hold the same values as the sources, or that the transform knows; they are not read.
+    """
+
+    outputs: tuple[OutputTensor, ...]
+    sources: tuple[SourceRows, ...]
+    transform: RowTransform
+    equals: tuple[SourceRows, ...] = ()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all outputs."""
+        return sum(output.nbytes for output in self.outputs)
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One output file: its units, its leading bytes, and the place of each tensor."""
+
+    file: str
+    units: tuple[Unit, ...]
+
+    @cached_property
+    def _built(self) -> tuple[bytes, tuple[TensorEntry, ...]]:
+        # wide dtypes first keeps every tensor aligned to its own element size; the sort is stable
+        outputs = [output for unit in self.units for output in unit.outputs]
+        ordered = sorted(outputs, key=lambda output: -itemsize(output.dtype))
+        return build_header([(output.name, output.dtype, output.shape) for output in ordered])
+
+    @property
+    def header(self) -> bytes:
+        """Length prefix and JSON, exactly as they stand at the start of the file."""
+        return self._built[0]
+
+    @property
+    def entries(self) -> tuple[TensorEntry, ...]:
+        """Tensors in the order of their data."""
+        return self._built[1]
+
+    @property
+    def file_bytes(self) -> int:
+        """Size of the file."""
+        return len(self.header) + sum(entry.nbytes for entry in self.entries)
+
+
+@dataclass(frozen=True)
+class OutputPlan:
+    """All shards of a conversion. `dropped` names the source tensors that are left out, with the reason."""
+
+    shards: tuple[Shard, ...]
+    dropped: dict[str, str] = field(default_factory=dict)
+
+    @cached_property
+    def weight_map(self) -> dict[str, str]:
+        """Tensor name to file name, in order of names."""
+        pairs = {entry.name: shard.file for shard in self.shards for entry in shard.entries}
+        return dict(sorted(pairs.items()))
+
+    @property
+    def files(self) -> set[str]:
+        """Names of all shards."""
+        return {shard.file for shard in self.shards}
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of tensor data: what the index calls total_size."""
+        return sum(entry.nbytes for shard in self.shards for entry in shard.entries)
+
+    @property
+    def file_bytes(self) -> int:
+        """Bytes of all files, headers included."""
+        return sum(shard.file_bytes for shard in self.shards)
+
+    @property
+    def source_names(self) -> set[str]:
+        """Source tensors that are read."""
+        return {
+            name for shard in self.shards for unit in shard.units for rows in unit.sources for name, *_ in rows.reads()
+        }
+
+    @property
+    def bytes_by_transform(self) -> dict[str, int]:
+        """Output bytes by the name of the transform that makes them."""
+        totals: dict[str, int] = {}
+        for shard in self.shards:
+            for unit in shard.units:
+                totals[unit.transform.name] = totals.get(unit.transform.name, 0) + unit.nbytes
+        return totals
+
+    def check_complete(self, entries: Iterable[TensorEntry]) -> None:
+        """Check that every row of every source tensor has one place, or that the tensor is dropped by name.
+
+        Tensors that only stand beside others, as scales do that are consumed, count as a whole.
+
+        Raises:
+            InputError: a source tensor is unaccounted for.
+        """
+        units = [unit for shard in self.shards for unit in shard.units]
+        used = covered_rows(rows for unit in units for rows in (*unit.sources, *unit.equals))
+        read = self.source_names
+        for entry in entries:
+            if entry.name in self.dropped:
+                assert entry.name not in used, entry
+            elif entry.name not in used and entry.name not in read:
+                raise InputError(f"tensor {entry.name}", expected="a place in the plan", found="none")
+            elif entry.name in used and not used[entry.name].is_tiled(entry.rows):
+                raise InputError(f"tensor {entry.name}", expected="one place for each row", found=str(used[entry.name]))
+        outputs = sum(len(shard.entries) for shard in self.shards)
+        assert outputs == len(self.weight_map), "two outputs with one name"
+
+
+@dataclass(slots=True)
+class Coverage:
+    """Which rows of a tensor are used, as columns of each range of rows."""
+
+    columns: dict[tuple[int, int], list[Columns | None]] = field(default_factory=dict)
+    is_shared: bool = False
+
+    def is_tiled(self, num_rows: int) -> bool:
+        """Return whether all rows are used, and, unless values are shared, each column of each row once."""
+        position = 0
+        for (start, stop), columns in sorted(self.columns.items()):
+            is_gap = start > position if self.is_shared else start != position
+            if is_gap or not self._is_row_tiled(columns):
+                return False
+            position = max(position, stop)
+        return position == num_rows
+
+    def _is_row_tiled(self, columns: list[Columns | None]) -> bool:
+        cuts = sorted((cut.start, cut.stop, cut.width) for cut in columns if cut is not None)
+        if not cuts or self.is_shared:
+            return self.is_shared or len(columns) == 1
+        starts, stops = [cut[0] for cut in cuts], [cut[1] for cut in cuts]
+        return len(cuts) == len(columns) and starts == [0, *stops[:-1]] and stops[-1] == cuts[0][2]
+
+
+def covered_rows(sources: Iterable[SourceRows]) -> dict[str, Coverage]:
+    """Return what source rows cover of each tensor."""
+    used: dict[str, Coverage] = {}
+    for rows in sources:
+        part: SourceRows | None = rows
+        while part is not None:
+            coverage = used.setdefault(part.name, Coverage())
+            coverage.columns.setdefault((part.start, part.stop), []).append(part.columns)
+            coverage.is_shared |= part.is_shared
+            part = part.right
+    return used
+
+
+def pack_shards(units: Sequence[Unit], max_shard_bytes: int, files: str = "model") -> tuple[Shard, ...]:
+    """Distribute units over shards in order; a unit larger than the limit has a shard of its own."""
+    groups: list[list[Unit]] = [[]]
+    size = 0
+    for unit in units:
+        if groups[-1] and size + unit.nbytes > max_shard_bytes:
+            groups.append([])
+            size = 0
+        groups[-1].append(unit)
+        size += unit.nbytes
+    count = len(groups)
+    if count == 1:
+        return (Shard(f"{files}.safetensors", tuple(groups[0])),)
+    return tuple(
+        Shard(f"{files}-{number:05d}-of-{count:05d}.safetensors", tuple(group))
+        for number, group in enumerate(groups, start=1)
+    )
