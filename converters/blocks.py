@@ -1,0 +1,119 @@
+"""Blocks of rows, read into buffers that each thread keeps, and refused where a value is NaN or Inf."""
+
+import threading
+from typing import TYPE_CHECKING, Protocol
+
+from converters.checkpoint.dtypes import itemsize, torch_dtype
+from converters.checkpoint.plan import Beside, SourceRows
+from converters.checkpoint.reader import CheckpointReader
+from converters.errors import InputError
+from converters.numerics.finite import first_non_finite
+
+if TYPE_CHECKING:
+    import torch
+
+DIGEST_BLOCK_BYTES = 1 << 20
+
+
+class Digest(Protocol):
+    """What hashlib's objects do."""
+
+    def update(self, data: memoryview, /) -> None:
+        """Take in more bytes."""
+
+
+class Scratch(threading.local):
+    """Read buffers of one thread, kept from block to block: one for each tensor that a block comes from.
+
+    Fresh buffers would be cut out of the allocator's heaps, which keep what is freed between longer-lived pieces:
+    memory that creeps up with the size of the checkpoint.
+    """
+
+    def __init__(self) -> None:
+        self.buffers: list[torch.Tensor] = []
+
+    def take(self, nbytes: int, slot: int = 0) -> "torch.Tensor":
+        """Return nbytes of uint8; they are overwritten by the next call for this slot in this thread."""
+        import torch
+
+        while len(self.buffers) <= slot:
+            self.buffers.append(torch.empty(0, dtype=torch.uint8))
+        if len(self.buffers[slot]) < nbytes:
+            self.buffers[slot] = torch.empty(nbytes, dtype=torch.uint8)
+        return self.buffers[slot][:nbytes]
+
+
+def row_bytes(reader: CheckpointReader, source: SourceRows) -> int:
+    """Return the bytes that are in memory for one row: its own, those beside it, those to the right."""
+    own = reader.entry(source.name).row_bytes + sum(reader.entry(beside.name).row_bytes for beside in source.beside)
+    return own if source.right is None else own + row_bytes(reader, source.right)
+
+
+def read_block(
+    reader: CheckpointReader, name: str, start: int, stop: int, scratch: Scratch, slot: int = 0
+) -> "torch.Tensor":
+    """Return rows [start, stop) as (R, C), a vector as (R, 1), a scalar as (1, 1); refuse NaN and Inf.
+
+    Raises:
+        InputError: a value is NaN or Inf, named by tensor and row.
+    """
+    entry = reader.entry(name)
+    data = scratch.take((stop - start) * entry.row_bytes, slot)
+    view = data.numpy().data
+    reader.read_into(name, start * entry.row_bytes, view)
+    bad = first_non_finite(view, entry.dtype)
+    if bad is not None:
+        columns = entry.row_bytes // itemsize(entry.dtype)
+        raise InputError(
+            f"tensor {name}",
+            expected="finite values",
+            found=f"NaN or Inf at row {start + bad // columns}, column {bad % columns}",
+            next_step="The file is damaged or the model is broken; fetch it again or check its source.",
+        )
+    return data.view(torch_dtype(entry.dtype)).view(stop - start, -1)
+
+
+def read_beside(
+    reader: CheckpointReader, beside: Beside, start: int, stop: int, scratch: Scratch, slot: int
+) -> "torch.Tensor":
+    """Return what stands beside source rows [start, stop), one row for each: (R, C).
+
+    Raises:
+        InputError: a value is NaN or Inf, named by tensor and row.
+    """
+    import torch
+
+    first = beside.row(start)
+    rows_SC = read_block(reader, beside.name, first, beside.row(stop - 1) + 1, scratch, slot)
+    if beside.span == 1:
+        return rows_SC
+    if len(rows_SC) == 1:
+        return rows_SC.expand(stop - start, -1)
+    index_R = torch.div(torch.arange(start, stop) + beside.offset, beside.span, rounding_mode="floor")
+    return rows_SC[index_R + (beside.start - first)]
+
+
+def digest_extra_reads(reader: CheckpointReader, source: SourceRows, digest: Digest) -> None:
+    """Add to a digest what is read for source rows besides themselves, in the order of `SourceRows.reads`."""
+    _, *extra = source.reads()
+    buffer = memoryview(bytearray(DIGEST_BLOCK_BYTES if extra else 0))
+    for name, start, stop in extra:
+        digest_rows(reader, name, start, stop, digest, buffer)
+
+
+def digest_rows(reader: CheckpointReader, name: str, start: int, stop: int, digest: Digest, buffer: memoryview) -> None:
+    """Add rows [start, stop) of a tensor to a digest, a buffer at a time."""
+    width = reader.entry(name).row_bytes
+    position, end = start * width, stop * width
+    while position < end:
+        block = buffer[: min(len(buffer), end - position)]
+        reader.read_into(name, position, block)
+        digest.update(block)
+        position += len(block)
+
+
+def as_bytes(block: "torch.Tensor") -> memoryview:
+    """Return the bytes of a contiguous tensor without copying them."""
+    import torch
+
+    return block.contiguous().view(torch.uint8).view(-1).numpy().data

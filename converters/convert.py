@@ -1,0 +1,108 @@
+"""Plan a conversion: another layout or dtype, weights instead of codes, new shards, the MTP layer moved or dropped."""
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from enum import StrEnum
+from typing import Any
+
+from converters.checkpoint.dtypes import BY_CONFIG_NAME
+from converters.checkpoint.index import MTP_FILE
+from converters.checkpoint.plan import (
+    DEFAULT_MAX_SHARD_BYTES,
+    OutputPlan,
+    Shard,
+    Unit,
+    pack_shards,
+)
+from converters.conversion import Conversion, passthrough_files
+from converters.errors import UsageError
+from converters.formats.declared import MODELOPT_FILE, QUANTIZATION_KEY
+from converters.layout import Layout, Stored, StoredLayout
+from converters.result_config import drop_mtp, set_dtype, set_layout
+from converters.source import Source
+from converters.units import UnitPlanner, dropped_layer
+
+
+class MtpChoice(StrEnum):
+    """What becomes of the MTP layer."""
+
+    KEEP = "keep"
+    DROP = "drop"
+    SEPARATE = "separate"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ConvertOptions:
+    """What to change; None keeps what the source has. `dtype` is a config.json name: bfloat16, float16, float32."""
+
+    layout: Layout | None = None
+    dtype: str | None = None
+    dequantize: bool = False
+    mtp: MtpChoice = MtpChoice.KEEP
+    max_shard_bytes: int = DEFAULT_MAX_SHARD_BYTES
+
+
+def plan_convert(source: Source, options: ConvertOptions) -> Conversion:
+    """Return the conversion; of the tensors' data, at most scales that would have to be shared are read.
+
+    Raises:
+        UsageError: the options cannot work on this source.
+    """
+    _check_options(source, options)
+    target = StoredLayout(source.schema, options.layout) if options.layout else source.stored_layout
+    dtype = BY_CONFIG_NAME[options.dtype] if options.dtype else None
+    planner = UnitPlanner(source, target, dtype, options.dequantize)
+    mtp_layer = source.schema.mtp_layer
+    is_mtp = {stored.name: mtp_layer is not None and stored.layer == mtp_layer for stored in target.stored.values()}
+    separate: tuple[Shard, ...] = ()
+    if options.mtp is MtpChoice.DROP and mtp_layer is not None:
+        planner.dropped |= dropped_layer(source, mtp_layer, "--mtp drop")
+    elif options.mtp is MtpChoice.SEPARATE:
+        separate = (Shard(MTP_FILE, _units(planner, (t for t in target.stored.values() if is_mtp[t.name]))),)
+    keep_mtp = options.mtp is MtpChoice.KEEP
+    body = [stored for stored in target.stored.values() if keep_mtp or not is_mtp[stored.name]]
+    shards = pack_shards(_units(planner, body), options.max_shard_bytes)
+    plan = OutputPlan((*shards, *separate), planner.dropped)
+    plan.check_complete(map(source.reader.entry, source.reader.names))
+    return Conversion(
+        source, plan, _new_config(source, target, options), _passthrough(source, options), "convert", asdict(options)
+    )
+
+
+def _units(planner: UnitPlanner, tensors: Iterable[Stored]) -> tuple[Unit, ...]:
+    return tuple(unit for stored in tensors for unit in planner.units(stored))
+
+
+def _check_options(source: Source, options: ConvertOptions) -> None:
+    if options.dtype is not None and options.dtype not in BY_CONFIG_NAME:
+        raise UsageError("--dtype", expected=f"one of {', '.join(BY_CONFIG_NAME)}", found=options.dtype)
+    if options.dtype is not None and source.is_quantized and not options.dequantize:
+        raise UsageError(
+            "--dtype",
+            expected="a source that is not quantized, or --dequantize",
+            found="one with quantization_config",
+            next_step="Leave --dtype out to copy codes and scales as they are.",
+        )
+    if options.dequantize and not source.is_quantized:
+        raise UsageError("--dequantize", expected="a quantized source", found="no quantization_config in it")
+    if options.mtp is not MtpChoice.KEEP and source.schema.mtp_layer is None:
+        raise UsageError(f"--mtp {options.mtp}", expected="a source with an MTP layer", found="none in it")
+
+
+def _passthrough(source: Source, options: ConvertOptions) -> tuple[str, ...]:
+    """Return the files to copy; one that describes a quantization which is gone is not among them."""
+    names = passthrough_files(source.folder)
+    return tuple(name for name in names if not (options.dequantize and name == MODELOPT_FILE))
+
+
+def _new_config(source: Source, target: StoredLayout, options: ConvertOptions) -> dict[str, Any]:
+    config = dict(source.raw_config)
+    if options.dtype is not None:
+        set_dtype(config, options.dtype)
+    if options.mtp is MtpChoice.DROP:
+        drop_mtp(config)
+    if options.dequantize:
+        config.pop(QUANTIZATION_KEY, None)
+    if options.layout is not None:
+        set_layout(config, source.stored_layout, target)
+    return config

@@ -1,0 +1,1 @@
+"""On-disk dialects of quantized checkpoints."""

@@ -1,0 +1,1 @@
+"""Number formats: rounding, scales and finite checks, shared by everything that changes values."""

@@ -1,0 +1,91 @@
+"""Prove finished parts by content: an output shard by its recorded digests, a source by the digest of what was read."""
+
+import hashlib
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from threading import Event
+
+from converters.blocks import digest_rows
+from converters.checkpoint.journal import ShardRecord
+from converters.checkpoint.plan import Shard, Unit
+from converters.checkpoint.reader import CheckpointReader
+from converters.conversion import Conversion
+from converters.pipeline import COPY_BLOCK_BYTES
+
+
+def prove_shards(dst: Path, shards: Sequence[Shard], journal: dict[str, ShardRecord], num_workers: int) -> list[bool]:
+    """Return of each shard whether it is done; a run that is stopped meanwhile does not wait for the rest."""
+    pool, stop = ThreadPoolExecutor(num_workers), Event()
+    try:
+        return list(pool.map(lambda shard: shard_is_proved(dst, shard, journal.get(shard.file), stop), shards))
+    finally:
+        stop.set()
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def shard_is_proved(dst: Path, shard: Shard, record: ShardRecord | None, stop: Event) -> bool:
+    """Return whether the shard stands in dst, byte for byte as it was recorded.
+
+    Size, header and the sha256 of every tensor are compared; names and times prove nothing. What cannot be read, or is
+    not because the run stops, is not proved.
+    """
+    path = dst / shard.file
+    if record is None or not path.is_file() or path.stat().st_size != shard.file_bytes:
+        return False
+    if record.tensors.keys() != {entry.name for entry in shard.entries}:
+        return False
+    try:
+        with path.open("rb", buffering=0) as file:
+            if file.read(len(shard.header)) != shard.header:
+                return False
+            return all(
+                _digest(file.fileno(), entry.begin, entry.end, stop) == record.tensors[entry.name].sha256
+                for entry in shard.entries
+            )
+    except OSError:
+        return False
+
+
+def changed_source_tensor(conversion: Conversion, journal: dict[str, ShardRecord], files: set[str]) -> str | None:
+    """Return a source tensor whose bytes differ from those that finished shards were made of, or None.
+
+    Args:
+        conversion: the job.
+        journal: the finished shards.
+        files: the source files to look into.
+    """
+    index = conversion.source.reader.index
+    for shard in conversion.plan.shards:
+        if shard.file not in journal:
+            continue
+        for unit in shard.units:
+            names = {name for rows in unit.sources for name, *_ in rows.reads()}
+            if not files.intersection(index.entries[name][0] for name in names):
+                continue
+            record = journal[shard.file].tensors.get(unit.outputs[0].name)
+            if record is not None and source_digest_of(conversion.source.reader, unit) != record.source_sha256:
+                return unit.sources[0].name
+    return None
+
+
+def source_digest_of(reader: CheckpointReader, unit: Unit) -> str:
+    """Hash the rows that a unit reads, in the order in which it reads them."""
+    digest = hashlib.sha256()
+    buffer = memoryview(bytearray(COPY_BLOCK_BYTES))
+    for rows in unit.sources:
+        for name, start, stop in rows.reads():
+            digest_rows(reader, name, start, stop, digest, buffer)
+    return digest.hexdigest()
+
+
+def _digest(descriptor: int, begin: int, end: int, stop: Event) -> str:
+    digest, buffer = hashlib.sha256(), memoryview(bytearray(min(COPY_BLOCK_BYTES, max(1, end - begin))))
+    while begin < end:
+        count = os.preadv(descriptor, [buffer[: end - begin]], begin)
+        if count == 0 or stop.is_set():
+            return ""
+        digest.update(buffer[:count])
+        begin += count
+    return digest.hexdigest()

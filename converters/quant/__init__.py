@@ -1,0 +1,1 @@
+"""Which tensors are quantized, to what, and how their values are computed."""

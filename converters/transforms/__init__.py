@@ -1,0 +1,1 @@
+"""Row-wise functions from source rows to output rows."""
