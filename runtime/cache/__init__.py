@@ -1,0 +1,1 @@
+"""What attention keeps of the tokens it has seen."""

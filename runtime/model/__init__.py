@@ -1,0 +1,1 @@
+"""The model: modules whose parameter names are the names of the checkpoint."""

@@ -1,0 +1,135 @@
+"""The decoder: layers, their stack, and the head.
+
+Shapes: B batch, T tokens, D hidden, V vocab. Modules are named as the checkpoint names them, so that
+`named_parameters()` of a CausalLM are the names of its tensors.
+"""
+
+from collections.abc import Sequence
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from converters.config import Glm4MoeConfig
+from runtime.cache.kv_cache import KVCache, KVShape, LayerCache
+from runtime.model.attention import Attention
+from runtime.model.linear import Linear, unfilled
+from runtime.model.mlp import GatedMlp
+from runtime.model.norm import RMSNorm
+from runtime.model.step import Step, build_step
+from runtime.moe.router import RoutingObserver
+from runtime.moe.runner import MoE
+
+
+class Embedding(nn.Module):
+    """One row per token id, unscaled."""
+
+    def __init__(self, vocab_size: int, hidden_size: int) -> None:
+        super().__init__()
+        self.weight = unfilled(vocab_size, hidden_size)
+
+    def forward(self, token_ids_BT: torch.Tensor) -> torch.Tensor:
+        """Return the rows (B, T, D) of int64 ids (B, T)."""
+        return F.embedding(token_ids_BT, self.weight)
+
+
+class DecoderLayer(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x)).
+
+    Args:
+        config: the model.
+        layer: index; from first_k_dense_replace on the MLP is a mixture of experts.
+        moe_backend: what multiplies the experts.
+    """
+
+    def __init__(self, config: Glm4MoeConfig, layer: int, moe_backend: str) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp: GatedMlp | MoE
+        if layer < config.first_k_dense_replace:
+            self.mlp = GatedMlp(config.hidden_size, config.intermediate_size)
+        else:
+            self.mlp = MoE(config, layer, moe_backend)
+
+    def forward(self, hidden_BTD: torch.Tensor, step: Step, cache: LayerCache | None = None) -> torch.Tensor:
+        """Return the hidden state (B, T, D) behind this layer."""
+        hidden_BTD = hidden_BTD + self.self_attn(self.input_layernorm(hidden_BTD), step, cache)
+        normed_BTD = self.post_attention_layernorm(hidden_BTD)
+        if isinstance(self.mlp, MoE):
+            return hidden_BTD + self.mlp(normed_BTD, step.observer)
+        return hidden_BTD + self.mlp(normed_BTD)
+
+
+class Decoder(nn.Module):
+    """Embedding, layers, final norm. `layers` may hold the MTP layer behind the last decoder layer."""
+
+    def __init__(self, config: Glm4MoeConfig, moe_backend: str) -> None:
+        super().__init__()
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(
+            DecoderLayer(config, layer, moe_backend) for layer in range(config.num_hidden_layers)
+        )
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+
+class CausalLM(nn.Module):
+    """The model. All sequences of a batch are equally long; there is no padding.
+
+    Args:
+        config: the model.
+        moe_backend: what multiplies the experts.
+    """
+
+    def __init__(self, config: Glm4MoeConfig, moe_backend: str = "vanilla") -> None:
+        super().__init__()
+        self.config = config
+        self.model = Decoder(config, moe_backend)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size)
+
+    @property
+    def decoder_layers(self) -> Sequence[DecoderLayer]:
+        """The layers of the main model in order, without the MTP layer."""
+        return cast(Sequence[DecoderLayer], list(self.model.layers)[: self.config.num_hidden_layers])
+
+    def embed(self, token_ids_BT: torch.Tensor) -> torch.Tensor:
+        """Return the embeddings (B, T, D) of int64 ids (B, T), in the dtype of compute."""
+        return self.model.embed_tokens(token_ids_BT)
+
+    def forward(
+        self, token_ids_BT: torch.Tensor, *, cache: KVCache | None = None, observer: RoutingObserver | None = None
+    ) -> torch.Tensor:
+        """Return the hidden state (B, T, D) behind the final norm; feed it to `logits`.
+
+        Args:
+            token_ids_BT: (B, T) int64; they follow the tokens in the cache.
+            cache: holds earlier tokens and takes up these; None = these are all.
+            observer: called once per MoE layer.
+        """
+        hidden_BTD, num_tokens = self.embed(token_ids_BT), token_ids_BT.shape[1]
+        start = 0 if cache is None else cache.length
+        step = build_step(self.config, num_tokens, start=start, device=hidden_BTD.device, observer=observer)
+        for index, layer in enumerate(self.decoder_layers):
+            hidden_BTD = layer(hidden_BTD, step, None if cache is None else cache.layer(index))
+        if cache is not None:
+            cache.advance(num_tokens)
+        return self.model.norm(hidden_BTD)
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Return the logits (..., V) fp32 of normed hidden states (..., D); pass only the positions you need."""
+        return self.lm_head.forward_fp32(hidden)
+
+
+def new_cache(model: CausalLM, capacity_tokens: int, *, batch_size: int = 1, num_layers: int | None = None) -> KVCache:
+    """Return an empty cache that fits the model; `num_layers` = 1 for the MTP layer's own."""
+    config, weight = model.config, model.model.embed_tokens.weight
+    shape = KVShape(
+        num_layers=config.num_hidden_layers if num_layers is None else num_layers,
+        batch_size=batch_size,
+        capacity_tokens=capacity_tokens,
+        num_key_value_heads=config.num_key_value_heads,
+        head_dim=config.head_dim,
+    )
+    return KVCache(shape, weight.dtype, str(weight.device))

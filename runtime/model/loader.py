@@ -1,0 +1,180 @@
+"""From a checkpoint folder to a model: every parameter filled exactly once, every tensor accounted for.
+
+The modules' parameters bear the official names; `converters.official` finds each of them in the layout and format that
+the checkpoint has. What is wrong with it is found from the headers, before any weight is read.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from converters.checkpoint.dtypes import BY_CONFIG_NAME
+from converters.checkpoint.plan import Unit
+from converters.errors import InputError
+from converters.formats.weights import Use
+from converters.official import OfficialTensors, read_bytes, read_unit, scale_name
+from converters.schema import MTP_COPIES, Role, Tensor
+from converters.source import Source, open_source
+from runtime.config import EngineConfig
+from runtime.model.decoder import CausalLM
+from runtime.model.linear import Linear
+from runtime.model.mtp import MtpLayer
+
+# the router decides in fp32
+_FP32_ROLES = frozenset({Role.ROUTER, Role.ROUTER_BIAS})
+# rows of an MTP copy compared at a time: 8192 x 5120 bf16 = 80 MiB
+_COPY_ROWS = 8192
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """A model ready to run.
+
+    Args:
+        model: the main model; the MTP layer, if loaded, is also the last entry of its layers.
+        mtp: the MTP layer, or None.
+        differing_mtp_copies: names of the MTP layer's own embedding or head that are not what the main model has.
+            They are not used either way; see `runtime.model.mtp`.
+        notes: what was accepted although it is unusual, a sentence each.
+    """
+
+    model: CausalLM
+    mtp: MtpLayer | None
+    differing_mtp_copies: tuple[str, ...]
+    notes: tuple[str, ...] = ()
+
+
+def load_model(folder: Path, engine: EngineConfig, *, with_mtp: bool = True) -> LoadedModel:
+    """Load the checkpoint in `folder`.
+
+    Args:
+        folder: config.json and safetensors in any layout, plain or in any format that `open_source` takes.
+        engine: dtype, device and backend to run with.
+        with_mtp: load the MTP layer, if the checkpoint has it.
+    Raises:
+        InputError: a tensor is missing, unknown, misshapen, or stored in a way this runtime does not read.
+    Peak memory: the model in the dtype of compute (FP8 with one scale per output row stays FP8) plus one tensor.
+    """
+    with open_source(folder) as source:
+        loader = ModelLoader(source, engine, with_mtp=with_mtp)
+        loader.fill(loader.parameter_names)
+        return LoadedModel(loader.model, loader.mtp, loader.differing_mtp_copies(), loader.notes)
+
+
+class ModelLoader:
+    """An empty model, held against the checkpoint's headers and filled part by part.
+
+    Args:
+        source: open for as long as the loader fills.
+        engine: dtype, device and backend to run with.
+        with_mtp: include the MTP layer, if the checkpoint has it.
+    Raises:
+        InputError: a tensor is quantized that no linear layer has.
+        UsageError: a tensor is stored in parts that do not go together.
+    """
+
+    def __init__(self, source: Source, engine: EngineConfig, *, with_mtp: bool = True) -> None:
+        self.reader = source.reader
+        self.engine = engine
+        self.schema = source.schema
+        self.model = CausalLM(source.config, engine.moe_backend)
+        self.mtp = MtpLayer(source.config, engine.moe_backend) if with_mtp and self.schema.has_mtp else None
+        if self.mtp is not None:
+            self.model.model.layers.append(self.mtp)
+        self._official = OfficialTensors.of(source, BY_CONFIG_NAME[engine.dtype])
+        self._modules = dict(self.model.named_modules())
+        # each parameter with the tensor that it is, or whose scale it is; without a unit it is zero
+        self._tensors: dict[str, Tensor] = {}
+        self._units: dict[str, Unit] = {}
+        self._plan()
+        self.parameter_names = tuple(name for name, _ in self.model.named_parameters())
+        assert set(self.parameter_names) == self._tensors.keys(), "a parameter or a tensor without its counterpart"
+        self.notes = source.notes
+
+    def layer_names(self, layer: int) -> tuple[str, ...]:
+        """Return the parameters of one layer, scales included, for `fill` and `release`."""
+        return tuple(name for name in self.parameter_names if self._tensors[name].layer == layer)
+
+    @property
+    def total_bytes(self) -> int:
+        """What `fill` reads for all parameters."""
+        return sum(read_bytes(self.reader, unit) for unit in self._units.values())
+
+    def fill(self, names: Iterable[str], advance: Callable[[int], None] | None = None) -> None:
+        """Read these parameters from the checkpoint, in order.
+
+        Args:
+            names: some of parameter_names.
+            advance: told the bytes read for each parameter.
+        Raises:
+            InputError: a code or scale that must be decoded is NaN or Inf.
+        """
+        for name in names:
+            unit = self._units.get(name)
+            shape = self.model.get_parameter(name).shape
+            value = torch.zeros(shape) if unit is None else read_unit(self.reader, unit)
+            assert value.shape == shape, (name, value.shape, shape)
+            self._replace(name, value.to(device=self.engine.device, dtype=self._dtype(name, value)))
+            if advance is not None and unit is not None:
+                advance(read_bytes(self.reader, unit))
+
+    def release(self, names: Iterable[str]) -> None:
+        """Give the memory of these parameters back; `fill` brings them in again."""
+        for name in names:
+            self._replace(name, torch.empty_like(self.model.get_parameter(name), device="meta"))
+
+    def differing_mtp_copies(self) -> tuple[str, ...]:
+        """Return which of the MTP layer's own embedding and head differ from what the main model computes with.
+
+        The main model's must have been filled. Without MTP layer there is nothing to compare.
+        """
+        mains = {Role.MTP_EMBEDDING: self.model.model.embed_tokens.weight, Role.MTP_HEAD: self.model.lm_head.weight}
+        copies = [tensor for tensor in self.schema.tensors.values() if tensor.spec.role in MTP_COPIES]
+        if self.mtp is None:
+            return ()
+        return tuple(tensor.name for tensor in copies if not self._equal(tensor, mains[tensor.spec.role]))
+
+    def _plan(self) -> None:
+        """Find out how each parameter is read; a linear layer whose FP8 codes are kept gets a place for its scale."""
+        # without correction bias an expert is chosen by its score alone, which is what zeros mean
+        complete = replace(self.schema, has_router_bias=True)
+        for tensor in complete.tensors.values():
+            if self._left_out(tensor):
+                continue
+            units = self._official.units(tensor) if tensor.name in self.schema.tensors else {}
+            module = self._modules[tensor.module]
+            if units and not isinstance(module, Linear) and not self._official.format(tensor).is_plain:
+                found = self._official.format(tensor).used(Use.CODES)[0].dtype
+                raise InputError(f"tensor {tensor.name}", expected="an unquantized tensor", found=found)
+            if isinstance(module, Linear) and scale_name(tensor) in units:
+                module.add_weight_scale()
+            self._units |= units
+            self._tensors |= dict.fromkeys((tensor.name, *units), tensor)
+
+    def _left_out(self, tensor: Tensor) -> bool:
+        """Whether no parameter takes this tensor by design: the MTP copies, and the MTP layer when not loaded."""
+        is_mtp = tensor.layer == self.schema.mtp_layer is not None
+        return tensor.spec.role in MTP_COPIES or (is_mtp and self.mtp is None)
+
+    def _dtype(self, name: str, value: torch.Tensor) -> torch.dtype:
+        """Return the dtype that a parameter is held in."""
+        if value.dtype is torch.float8_e4m3fn:
+            return value.dtype
+        is_scale = name != self._tensors[name].name
+        return torch.float32 if is_scale or self._tensors[name].spec.role in _FP32_ROLES else self.engine.torch_dtype
+
+    def _replace(self, name: str, value: torch.Tensor) -> None:
+        module_name, _, attribute = name.rpartition(".")
+        setattr(self._modules[module_name], attribute, nn.Parameter(value, requires_grad=False))
+
+    def _equal(self, tensor: Tensor, main_VD: torch.Tensor) -> bool:
+        # an FP8 copy of a bf16 head is another head, however close
+        if not self._official.format(tensor).is_plain:
+            return False
+        name, num_rows = tensor.name, len(main_VD)
+        blocks = [(start, min(start + _COPY_ROWS, num_rows)) for start in range(0, num_rows, _COPY_ROWS)]
+        rows = ((self.reader.read_rows(name, start, stop), main_VD[start:stop]) for start, stop in blocks)
+        return all(torch.equal(copy.to(main), main) for copy, main in rows)

@@ -1,0 +1,1 @@
+"""The mixture of experts: router, dispatcher, experts, runner."""

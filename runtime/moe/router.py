@@ -1,0 +1,87 @@
+"""Which experts a token goes to, and with what weights.
+
+Shapes: T tokens, D hidden, E experts, K experts per token, N groups, M = E / N experts per group. Everything is fp32: a
+bf16 router changes the choice for about 3 % of the tokens of a real model.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from converters.config import Glm4MoeConfig
+from runtime.model.linear import unfilled
+
+_RENORMALIZE_EPS = 1e-20
+
+
+@dataclass(frozen=True, slots=True)
+class Routing:
+    """One MoE layer's decision for T tokens.
+
+    Args:
+        layer: index of the decoder layer; the MTP layer's is num_hidden_layers.
+        router_logits_TE: fp32, before sigmoid and bias.
+        topk_ids_TK: int64, highest biased score first.
+        topk_weights_TK: fp32, unbiased scores, renormalized and scaled.
+    """
+
+    layer: int
+    router_logits_TE: torch.Tensor
+    topk_ids_TK: torch.Tensor
+    topk_weights_TK: torch.Tensor
+
+
+RoutingObserver = Callable[[Routing], None]
+
+
+class Router(nn.Module):
+    """Sigmoid router with a correction bias and a group limit."""
+
+    def __init__(self, config: Glm4MoeConfig, layer: int) -> None:
+        super().__init__()
+        self.config = config
+        self.layer = layer
+        self.weight = unfilled(config.n_routed_experts, config.hidden_size)
+        self.e_score_correction_bias = unfilled(config.n_routed_experts)
+
+    def forward(self, hidden_TD: torch.Tensor) -> Routing:
+        """Route T tokens (T, D) of any float dtype."""
+        logits_TE = F.linear(hidden_TD.to(torch.float32), self.weight.to(torch.float32))
+        ids_TK, weights_TK = choose_experts(logits_TE, self.e_score_correction_bias.to(torch.float32), self.config)
+        return Routing(self.layer, logits_TE, ids_TK, weights_TK)
+
+
+def choose_experts(
+    router_logits_TE: torch.Tensor, expert_bias_E: torch.Tensor, config: Glm4MoeConfig
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return ids (T, K) int64 and weights (T, K) fp32 from logits (T, E) fp32 and bias (E,) fp32.
+
+    The bias moves the choice only; weights are the plain sigmoid scores. Among equal scores the lower expert wins.
+    """
+    scores_TE = router_logits_TE.sigmoid()
+    choice_TE = _limit_groups(scores_TE + expert_bias_E, config.n_group, config.topk_group)
+    ids_TK = _top(choice_TE, config.num_experts_per_tok)
+    weights_TK = scores_TE.gather(1, ids_TK)
+    if config.norm_topk_prob:
+        weights_TK = weights_TK / (weights_TK.sum(-1, keepdim=True) + _RENORMALIZE_EPS)
+    return ids_TK, weights_TK * config.routed_scaling_factor
+
+
+def _limit_groups(choice_TE: torch.Tensor, n_group: int, topk_group: int) -> torch.Tensor:
+    """Put -inf on all experts outside the topk_group groups with the highest sum of their two best scores."""
+    if topk_group == n_group:
+        return choice_TE
+    choice_TNM = choice_TE.unflatten(1, (n_group, -1))
+    group_scores_TN = choice_TNM.topk(2, dim=-1).values.sum(-1)
+    kept_TN = torch.zeros_like(group_scores_TN, dtype=torch.bool)
+    kept_TN.scatter_(1, _top(group_scores_TN, topk_group), True)
+    # -inf, not 0: a biased score may be negative and must still beat a dropped one
+    return choice_TNM.masked_fill(~kept_TN[..., None], float("-inf")).flatten(1)
+
+
+def _top(scores: torch.Tensor, k: int) -> torch.Tensor:
+    """Return indices (T, k) of the highest scores in each row; a stable sort, since topk leaves ties open."""
+    return scores.sort(dim=-1, descending=True, stable=True).indices[:, :k]

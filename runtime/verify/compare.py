@@ -1,0 +1,209 @@
+"""Two models on the same tokens, window by window: each window's logits are scored and forgotten.
+
+Shape suffixes: T tokens of a window, R rows scored at a time, D hidden, V vocabulary, K experts per token.
+
+Peak memory: both models in the dtype of compute (FP8 weights stay FP8), one window's activations, and the logits of
+_LOGIT_ROWS positions of each model, whatever the length of the text.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from converters.config import CONFIG_FILE, Glm4MoeConfig
+from converters.errors import InputError, UsageError
+from runtime.config import EngineConfig
+from runtime.engine.tokenizer import TOKENIZER_FILE, Tokenizer
+from runtime.model.decoder import CausalLM
+from runtime.model.loader import load_model
+from runtime.moe.router import Routing
+from runtime.verify.metrics import TokenScores, score_tokens
+from runtime.verify.routing import LayerRouting, RoutingCounter
+from runtime.verify.summary import LogitSummary, summarize
+from runtime.verify.windows import DEFAULT_CONTEXT_LENGTH, Window, WindowPlan, plan_windows
+
+# 128 x 151552 fp32 = 74 MiB a model
+_LOGIT_ROWS = 128
+# fields that give both models the same logits and the same routers to compare
+_COMMON_FIELDS = ("vocab_size", "num_hidden_layers", "first_k_dense_replace", "n_routed_experts", "num_experts_per_tok")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LogitsOptions:
+    """How to compare. `dtype` is that of compute; fp32 keeps the runtime's own rounding out of the result."""
+
+    context_length: int = DEFAULT_CONTEXT_LENGTH
+    stride: int | None = None
+    num_tokens: int | None = None
+    seed: int = 0
+    device: str = "cpu"
+    dtype: str = "float32"
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedText:
+    """Token ids of a text, by the source's tokenizer, and the windows they are fed in."""
+
+    token_ids: tuple[int, ...]
+    plan: WindowPlan
+
+
+@dataclass(frozen=True, slots=True)
+class NonFinite:
+    """Predictions with a NaN or Inf logit: how many, and the first: which token of the text, in which window."""
+
+    model: str
+    num_tokens: int
+    first_token: int
+    first_window: int
+
+
+@dataclass(frozen=True, slots=True)
+class LogitsComparison:
+    """What two models' logits have in common; `summary` is None where no position is finite on both sides."""
+
+    protocol: str
+    dtype: str
+    device: str
+    num_scored: int
+    summary: LogitSummary | None
+    routing: tuple[LayerRouting, ...]
+    non_finite: tuple[NonFinite, ...]
+
+
+def encode_text(source: Path, text: str, options: LogitsOptions) -> EncodedText:
+    """Encode a text and cut it into windows; no weight is read.
+
+    Raises:
+        UsageError: sizes that leave nothing to score, or that the model's context cannot hold.
+        InputError: no usable tokenizer, or one that gives ids which the model lacks.
+    """
+    config = Glm4MoeConfig.from_folder(source)
+    if options.context_length > config.max_position_embeddings:
+        raise UsageError(
+            "--context-length",
+            expected=f"at most {config.max_position_embeddings}, the model's own",
+            found=str(options.context_length),
+        )
+    token_ids = Tokenizer.open(source).encode(text)
+    plan = plan_windows(
+        len(token_ids), context_length=options.context_length, stride=options.stride, num_tokens=options.num_tokens
+    )
+    if max(token_ids) >= config.vocab_size:
+        raise InputError(
+            str(source / TOKENIZER_FILE),
+            expected=f"token ids below vocab_size {config.vocab_size}",
+            found=str(max(token_ids)),
+            next_step="This is another model's tokenizer.",
+        )
+    return EncodedText(tuple(token_ids), plan)
+
+
+def compare_logits(
+    source: Path, candidate: Path, text: EncodedText, options: LogitsOptions, on_window: Callable[[Window], None]
+) -> LogitsComparison:
+    """Load both checkpoints, the source as reference, and compare them on a text; on_window hears of each window.
+
+    Raises:
+        InputError: a checkpoint that cannot be loaded, or two models whose logits or routers do not correspond.
+    """
+    ours, theirs = Glm4MoeConfig.from_folder(source), Glm4MoeConfig.from_folder(candidate)
+    for name in _COMMON_FIELDS:
+        if getattr(ours, name) != getattr(theirs, name):
+            raise InputError(
+                f"{candidate / CONFIG_FILE}: {name}",
+                expected=f"{getattr(ours, name)}, as in the source",
+                found=str(getattr(theirs, name)),
+                next_step="See --level structure for all differences.",
+            )
+    engine = EngineConfig(dtype=options.dtype, device=options.device)
+    reference = load_model(source, engine, with_mtp=False).model
+    converted = load_model(candidate, engine, with_mtp=False).model
+    return compare_models(reference, converted, text, options, on_window)
+
+
+@torch.inference_mode()
+def compare_models(
+    reference: CausalLM,
+    candidate: CausalLM,
+    text: EncodedText,
+    options: LogitsOptions,
+    on_window: Callable[[Window], None],
+) -> LogitsComparison:
+    """Compare two loaded models on a text; see `compare_logits`."""
+    record = _Record()
+    for window in text.plan.windows:
+        ids_T = torch.tensor(text.token_ids[window.begin : window.end], device=options.device)
+        record.add(window, _run(reference, ids_T, window), _run(candidate, ids_T, window), ids_T)
+        on_window(window)
+    scores, windows_T, tokens_T = record.tensors()
+    return LogitsComparison(
+        protocol=text.plan.protocol,
+        dtype=options.dtype,
+        device=options.device,
+        num_scored=len(scores),
+        summary=summarize(scores, windows_T, seed=options.seed),
+        routing=record.routing.result(),
+        non_finite=(
+            *_non_finite("reference", scores.finite_reference, windows_T, tokens_T),
+            *_non_finite("candidate", scores.finite_candidate, windows_T, tokens_T),
+        ),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Pass:
+    """One model's way through a window: hidden states (rows, D) of the scored rows, and topk_ids (rows, K) by layer."""
+
+    model: CausalLM
+    hidden_TD: torch.Tensor
+    topk_ids: dict[int, torch.Tensor]
+
+
+def _run(model: CausalLM, ids_T: torch.Tensor, window: Window) -> _Pass:
+    topk_ids: dict[int, torch.Tensor] = {}
+
+    def observe(routing: Routing) -> None:
+        topk_ids[routing.layer] = routing.topk_ids_TK[window.logit_rows]
+
+    hidden_1TD = model(ids_T[None], observer=observe)
+    return _Pass(model, hidden_1TD[0, window.logit_rows], topk_ids)
+
+
+@dataclass(slots=True)
+class _Record:
+    """Scores of the windows so far: a few numbers a token."""
+
+    routing: RoutingCounter = field(default_factory=RoutingCounter)
+    _scores: list[TokenScores] = field(default_factory=list)
+    _windows: list[Window] = field(default_factory=list)
+
+    def add(self, window: Window, reference: _Pass, candidate: _Pass, ids_T: torch.Tensor) -> None:
+        next_ids_T = ids_T[window.first_scored - window.begin :]
+        rows = zip(
+            *(values.split(_LOGIT_ROWS) for values in (reference.hidden_TD, candidate.hidden_TD, next_ids_T)),
+            strict=True,
+        )
+        self._scores += [
+            score_tokens(reference.model.logits(ours_RD), candidate.model.logits(theirs_RD), next_R)
+            for ours_RD, theirs_RD, next_R in rows
+        ]
+        self._windows.append(window)
+        self.routing.add(reference.topk_ids, candidate.topk_ids)
+
+    def tensors(self) -> tuple[TokenScores, torch.Tensor, torch.Tensor]:
+        """Return the scores of all tokens, each token's window index, and its index in the text."""
+        windows_T = torch.cat([torch.full((window.num_scored,), window.index) for window in self._windows])
+        tokens_T = torch.cat([torch.arange(window.first_scored, window.end) for window in self._windows])
+        return TokenScores.cat(self._scores), windows_T, tokens_T
+
+
+def _non_finite(
+    model: str, finite_T: torch.Tensor, windows_T: torch.Tensor, tokens_T: torch.Tensor
+) -> tuple[NonFinite, ...]:
+    bad = (~finite_T).nonzero()[:, 0]
+    if not len(bad):
+        return ()
+    return (NonFinite(model, len(bad), int(tokens_T[bad[0]]), int(windows_T[bad[0]])),)
