@@ -1,0 +1,344 @@
+"""`glm4moe verify`: exit codes, exact words, one JSON document; and the real thing on the trained fixture."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from builders import random_tensors, read_tensors, small_config, write_checkpoint
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+from converters.config import Glm4MoeConfig
+from converters.convert import ConvertOptions, plan_convert
+from converters.job import run
+from converters.layout import Layout
+from converters.pipeline import RunOptions
+from converters.quantize import QuantizeOptions, plan_quantize
+from converters.schema import Role, expand
+from converters.source import open_source
+from tests.cli.conftest import Ended
+
+ROOT = Path(__file__).parents[2]
+Program = Callable[..., Ended]
+CONFIG = small_config(vocab_size=256)
+SCHEMA = expand(Glm4MoeConfig.from_hf(CONFIG))
+UP = SCHEMA.tensor(Role.EXPERT, "up_proj.weight", 1, 2).name
+COUNT = len(SCHEMA.tensors)
+
+
+def write(folder: Path, change: Callable[[dict[str, torch.Tensor]], object] = len) -> Path:
+    tensors = random_tensors(SCHEMA)
+    change(tensors)
+    write_checkpoint(folder, tensors, CONFIG)
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Tokenizer(models.BPE({letter: rank for rank, letter in enumerate(letters)}, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    return write(tmp_path / "source")
+
+
+@pytest.fixture
+def copy(tmp_path: Path) -> Path:
+    return write(tmp_path / "copy")
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    path = tmp_path / "text.txt"
+    path.write_text("The quick brown fox jumps over the lazy dog. " * 4)
+    return path
+
+
+def double(tensors: dict[str, torch.Tensor]) -> None:
+    for tensor in SCHEMA.tensors.values():
+        if tensor.spec.role is Role.HEAD:
+            tensors[tensor.name] = tensors[tensor.name] * 2
+
+
+def test_structure_of_a_copy_passes(program: Program, source: Path, copy: Path) -> None:
+    assert program("verify", str(copy), "--against", str(source)) == Ended(
+        0,
+        f"PASS: identity: {COUNT} source tensors: {COUNT} same; MTP layer present; "
+        "not checked: weights element by element, logits, outputs of the MTP layer, generated text\n"
+        "metric\treference\tcandidate\tvalue\tthreshold\tverdict\n"
+        "structure\t\t\t0 findings\t0\tpass\n",
+        "",
+    )
+
+
+def test_missing_tensor_fails_with_exit_code_3(program: Program, source: Path, tmp_path: Path) -> None:
+    broken = write(tmp_path / "broken", lambda tensors: tensors.pop(UP))
+    finding = f"candidate: tensor {UP}: expected BF16 or F16 or F32 [24, 48], found nothing"
+    ended = program("verify", str(broken), "--against", str(source))
+    assert ended.exit_code == 3
+    assert ended.stdout.splitlines()[0].startswith(f"FAIL: identity: {finding}; {COUNT} source tensors")
+    assert "fail\tcandidate: tensor " + UP in ended.stdout
+    assert ended.stderr == f"Error: {broken} is not what {source} was: found {finding}\n"
+
+
+def test_json_is_one_document_that_says_why(program: Program, source: Path, tmp_path: Path) -> None:
+    broken = write(tmp_path / "broken", lambda tensors: tensors.pop(UP))
+    ended = program("verify", str(broken), "--against", str(source), "--json")
+    document = json.loads(ended.stdout)
+    assert (ended.exit_code, document["exit_code"], document["ok"]) == (3, 3, False)
+    assert document["errors"][0]["code"] == "verification-failed"
+    result = document["result"]
+    assert (result["verdict"], result["scheme"], result["logits"]) == ("fail", "identity", None)
+    assert result["structure"]["outcomes"] == {"same": COUNT - 1, "missing": 1}
+    (finding,) = result["structure"]["findings"]
+    assert finding["subject"] == f"candidate: tensor {UP}"
+
+
+def test_logits_of_a_copy_are_equal(program: Program, source: Path, copy: Path, text: Path) -> None:
+    call = ("verify", str(copy), "--against", str(source), "--text", str(text))
+    ended = program(*call, "--context-length", "64", "--json")
+    assert ended.exit_code == 0
+    document = json.loads(ended.stdout)
+    result = document["result"]
+    logits = result["logits"]["summary"]
+    assert result["verdict"] == "pass"
+    assert logits["kl_nats"]["max"] == 0.0
+    assert (logits["num_tokens"], logits["num_windows"]) == (177, 3)
+    assert result["limits"]["max_kl"] == {"warn": 0.0, "fail": 0.0}
+    assert [row["overlap"] for row in result["logits"]["routing"]] == [1.0, 1.0]
+    assert document["bytes"] == {"verify": 180}
+
+
+def test_tables_for_people_hold_metrics_routing_and_protocol(
+    program: Program, source: Path, copy: Path, text: Path
+) -> None:
+    ended = program(
+        "verify",
+        str(copy),
+        "--against",
+        str(source),
+        "--level",
+        "logits",
+        "--text",
+        str(text),
+        "--context-length",
+        "64",
+        "--num-tokens",
+        "100",
+        "--stride",
+        "32",
+    )
+    lines = ended.stdout.splitlines()
+    assert ended.exit_code == 0
+    assert lines[0].startswith("PASS: identity: KL 0 +- 0 nats, top-1 100.00%, PPL ratio 1.00000 +- 0 over 99 tokens; ")
+    assert "KL mean\t\t\t0 +- 0 (naive 0) nats\t<= 0\tpass" in lines
+    assert "layer\ttokens\texpert overlap\ttokens with another expert set" in lines
+    assert "1\t99\t100.00%\t0.00%" in lines
+    assert lines[-3].startswith("text\tfirst 100 of 180 tokens, no prefix tokens, 3 windows of at most 64, stride 32; ")
+
+
+def test_other_logits_fail_and_name_the_limits(program: Program, source: Path, tmp_path: Path, text: Path) -> None:
+    changed = write(tmp_path / "changed", double)
+    ended = program("verify", str(changed), "--against", str(source), "--text", str(text))
+    assert ended.exit_code == 3
+    assert ended.stdout.startswith("FAIL: identity: KL mean ")
+    assert ended.stderr.splitlines()[-1].startswith(f"Error: {changed} is not what {source} was: found KL mean ")
+
+
+def test_overrides_move_the_bar_both_ways(program: Program, source: Path, tmp_path: Path, text: Path) -> None:
+    changed = write(tmp_path / "changed", double)
+    call = ("verify", str(changed), "--against", str(source), "--text", str(text), "--quiet")
+    lenient = ("--max-kl", "100", "--min-top1", "0", "--max-ppl-ratio", "100")
+    assert program(*call, *lenient).exit_code == 0
+    assert program(*call, *lenient, "--max-kl", "0").exit_code == 3
+
+
+def test_warning_passes_unless_strict(program: Program, source: Path, copy: Path) -> None:
+    (copy / "LICENSE").unlink()
+    call = ("verify", str(copy), "--against", str(source))
+    ended = program(*call)
+    assert ended.exit_code == 0
+    reason = "candidate: LICENSE: expected as in the source, found no such file"
+    assert ended.stdout.startswith(f"WARN: identity: {reason}; ")
+    assert ended.stderr == f"Warning: {reason}\n"
+    assert program(*call, "--strict").exit_code == 3
+
+
+def test_wrong_structure_keeps_the_models_from_being_loaded(
+    program: Program, source: Path, tmp_path: Path, text: Path
+) -> None:
+    broken = write(tmp_path / "broken", lambda tensors: tensors.pop(UP))
+    ended = program("verify", str(broken), "--against", str(source), "--text", str(text), "--json")
+    document = json.loads(ended.stdout)
+    assert ended.exit_code == 3
+    assert document["warnings"] == ["The structure is wrong; logits were not compared."]
+    assert "logits" in document["result"]["not_checked"]
+
+
+def test_quiet_leaves_the_verdict(program: Program, source: Path, copy: Path) -> None:
+    ended = program("verify", str(copy), "--against", str(source), "--quiet")
+    assert ended.stdout.startswith("PASS: ")
+    assert len(ended.stdout.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        ("--num-tokens", "10"),
+        ("--context-length", "512"),
+        ("--stride", "2"),
+        ("--seed", "0"),
+        ("--max-kl", "1"),
+        ("--min-top1", "0.5"),
+        ("--max-ppl-ratio", "2"),
+        ("--device", "cpu"),
+    ],
+)
+def test_option_of_the_logits_level_is_refused_at_the_structure_level(
+    program: Program, source: Path, copy: Path, option: tuple[str, str]
+) -> None:
+    assert program("verify", str(copy), "--against", str(source), *option) == Ended(
+        2,
+        "",
+        f"Error: {option[0]}: expected --level logits or all, found --level structure. "
+        "The structure level reads headers and config alone.\n",
+    )
+
+
+def test_text_is_refused_at_the_structure_level(program: Program, source: Path, copy: Path, text: Path) -> None:
+    ended = program("verify", str(copy), "--against", str(source), "--level", "structure", "--text", str(text))
+    assert ended.exit_code == 2
+    assert ended.stderr.startswith("Error: --text: expected --level logits or all, found --level structure.")
+
+
+@pytest.mark.parametrize("level", ["logits", "all"])
+def test_logits_level_without_text_says_what_to_give(program: Program, source: Path, copy: Path, level: str) -> None:
+    assert program("verify", str(copy), "--against", str(source), "--level", level) == Ended(
+        2,
+        "",
+        f"Error: --level {level}: expected --text FILE to run both models on, found none. "
+        "A UTF-8 text of a few thousand words of the kind the model will see is best.\n",
+    )
+
+
+def test_text_that_is_not_utf8_is_refused(program: Program, source: Path, copy: Path, text: Path) -> None:
+    text.write_bytes(b"abc\xff")
+    assert program("verify", str(copy), "--against", str(source), "--text", str(text)) == Ended(
+        2, "", f"Error: --text {text}: expected valid UTF-8, found invalid start byte at byte 3\n"
+    )
+
+
+def test_empty_text_is_refused(program: Program, source: Path, copy: Path, text: Path) -> None:
+    text.write_text("")
+    assert program("verify", str(copy), "--against", str(source), "--text", str(text)) == Ended(
+        2,
+        "",
+        "Error: --text: expected at least 2 tokens, found 0. "
+        "Give a longer text; a few thousand tokens make a useful measurement.\n",
+    )
+
+
+def test_against_is_required(program: Program, copy: Path) -> None:
+    ended = program("verify", str(copy))
+    assert ended.exit_code == 2
+    assert "Missing option '--against'" in ended.stderr
+
+
+def test_structure_level_imports_no_torch(source: Path, copy: Path) -> None:
+    code = (
+        "import sys; from glm4moe_cli.main import run; "
+        f"code = run(['verify', {str(copy)!r}, '--against', {str(source)!r}]); "
+        "sys.exit(code or 9 * ('torch' in sys.modules))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True).returncode == 0
+
+
+@pytest.fixture(scope="module")
+def quantized(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The trained fixture in FP8."""
+    folder = tmp_path_factory.mktemp("verify") / "fp8"
+    with open_source(tiny) as opened:
+        run(plan_quantize(opened, QuantizeOptions(scheme="fp8")), folder, RunOptions(workers=1), lambda _: None)
+    return folder
+
+
+def with_swapped_experts(folder: Path, copy: Path, layer: int) -> Path:
+    """Copy an FP8 checkpoint with experts 0 and 1 of a layer exchanged, scales and all."""
+    config: dict[str, Any] = json.loads((folder / "config.json").read_text())
+    schema = expand(Glm4MoeConfig.from_hf(config))
+    tensors = read_tensors(folder)
+    for part in ("gate_proj.weight", "up_proj.weight", "down_proj.weight"):
+        first, second = (schema.tensor(Role.EXPERT, part, layer, expert).module for expert in (0, 1))
+        for suffix in ("weight", "weight_scale"):
+            names = f"{first}.{suffix}", f"{second}.{suffix}"
+            tensors[names[0]], tensors[names[1]] = tensors[names[1]], tensors[names[0]]
+    copy.mkdir()
+    for path in folder.iterdir():
+        if path.suffix != ".safetensors" and not path.name.endswith(".index.json"):
+            (copy / path.name).write_bytes(path.read_bytes())
+    save_file(tensors, copy / "model.safetensors")
+    return copy
+
+
+def test_fp8_copy_of_a_trained_model_passes(program: Program, tiny: Path, held_out: Path, quantized: Path) -> None:
+    call = ("verify", str(quantized), "--against", str(tiny), "--text", str(held_out))
+    ended = program(*call, "--num-tokens", "4096", "--context-length", "256", "--json")
+    result = json.loads(ended.stdout)["result"]
+    assert ended.exit_code == 0, result["headline"]
+    assert result["scheme"] == "fp8"
+    kl = result["logits"]["summary"]["kl_nats"]["estimate"]
+    assert 0 < kl["mean"] < 0.02
+    assert kl["se_block"] < kl["mean"]
+
+
+@pytest.mark.parametrize("layer", [3, 4, 5, 6])
+def test_two_experts_swapped_fail(
+    program: Program, tiny: Path, held_out: Path, quantized: Path, tmp_path: Path, layer: int
+) -> None:
+    """Names, shapes and dtypes are all right; only running the model shows it, in whichever MoE layer it is."""
+    swapped = with_swapped_experts(quantized, tmp_path / "swapped", layer)
+    call = ("verify", str(swapped), "--against", str(tiny))
+    assert program(*call).exit_code == 0
+    text = ("--text", str(held_out), "--num-tokens", "4096", "--context-length", "256")
+    ended = program(*call, *text)
+    assert ended.exit_code == 3
+    assert ended.stdout.startswith("FAIL: fp8: KL mean 0.0")
+    assert ended.stderr.splitlines()[-1].startswith(f"Error: {swapped} is not what {tiny} was: found KL mean 0.0")
+
+
+def test_trained_model_against_itself_is_exactly_equal(program: Program, tiny: Path, held_out: Path) -> None:
+    call = ("verify", str(tiny), "--against", str(tiny), "--text", str(held_out), "--num-tokens", "600", "--json")
+    result = json.loads(program(*call).stdout)["result"]
+    assert result["verdict"] == "pass"
+    assert result["logits"]["summary"]["kl_nats"]["max"] == 0.0
+
+
+@pytest.mark.parametrize("layout", [Layout.PACKED, Layout.FUSED_SHARED, Layout.FUSED])
+def test_trained_model_in_another_layout_is_exactly_equal(
+    program: Program, tiny: Path, held_out: Path, tmp_path: Path, layout: Layout
+) -> None:
+    with open_source(tiny) as opened:
+        conversion = plan_convert(opened, ConvertOptions(layout=layout))
+        run(conversion, tmp_path / "other", RunOptions(workers=1), lambda _: None)
+    text = ("--text", str(held_out), "--num-tokens", "600", "--json")
+    result = json.loads(program("verify", str(tmp_path / "other"), "--against", str(tiny), *text).stdout)["result"]
+    assert (result["verdict"], result["scheme"]) == ("pass", "identity")
+    assert result["logits"]["summary"]["kl_nats"]["max"] == 0.0
+    assert result["structure"]["outcomes"]["repacked"] > 0
+
+
+def test_dequantized_copy_is_held_against_its_codes(
+    program: Program, quantized: Path, held_out: Path, tmp_path: Path
+) -> None:
+    with open_source(quantized) as opened:
+        conversion = plan_convert(opened, ConvertOptions(dequantize=True, layout=Layout.PACKED))
+        run(conversion, tmp_path / "plain", RunOptions(workers=1), lambda _: None)
+    text = ("--text", str(held_out), "--num-tokens", "600", "--json")
+    result = json.loads(program("verify", str(tmp_path / "plain"), "--against", str(quantized), *text).stdout)["result"]
+    assert (result["verdict"], result["scheme"]) == ("pass", "dequantized")

@@ -1,0 +1,36 @@
+import torch
+
+from runtime.moe.dispatcher import combine, dispatch
+
+
+def test_dispatch_groups_rows_by_expert_in_token_order():
+    hidden = torch.arange(6.0).view(3, 2)
+    dispatched = dispatch(hidden, torch.tensor([[2, 0], [0, 3], [2, 3]]), num_experts=5)
+    assert dispatched.rows_per_expert_E.tolist() == [2, 0, 2, 2, 0]
+    assert dispatched.rows_RD.tolist() == hidden[[0, 1, 0, 2, 1, 2]].tolist()
+
+
+def test_combine_of_untouched_rows_gives_tokens_times_weight_sums():
+    torch.manual_seed(0)
+    hidden, ids = torch.randn(7, 4), torch.stack([torch.randperm(6)[:3] for _ in range(7)])
+    weights = torch.rand(7, 3)
+    dispatched = dispatch(hidden, ids, num_experts=6)
+    combined = combine(dispatched.rows_RD, weights, dispatched)
+    torch.testing.assert_close(combined, hidden * weights.sum(1, keepdim=True))
+
+
+def test_combine_puts_each_experts_result_to_its_own_weight():
+    ids = torch.tensor([[1, 0], [0, 1]])
+    dispatched = dispatch(torch.ones(2, 1), ids, num_experts=2)
+    results = torch.tensor([[10.0], [10.0], [20.0], [20.0]])  # expert 0 answers 10, expert 1 answers 20
+    weights = torch.tensor([[0.25, 0.5], [0.25, 0.5]])
+    assert combine(results, weights, dispatched).tolist() == [[10.0], [12.5]]
+
+
+def test_combine_adds_bf16_rows_in_fp32():
+    """Added in bf16, 1 + 2^-9 + 2^-9 would stay 1."""
+    dispatched = dispatch(torch.ones(1, 1, dtype=torch.bfloat16), torch.tensor([[0, 1, 2]]), num_experts=3)
+    rows = torch.tensor([[1.0], [2**-9], [2**-9]], dtype=torch.bfloat16)
+    combined = combine(rows, torch.ones(1, 3), dispatched)
+    assert combined.dtype is torch.float32
+    assert combined.item() == 1 + 2**-8
