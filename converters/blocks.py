@@ -1,6 +1,7 @@
 """Blocks of rows, read into buffers that each thread keeps, and refused where a value is NaN or Inf."""
 
 import threading
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Protocol
 
 from converters.checkpoint.dtypes import itemsize, torch_dtype
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
     import torch
 
 DIGEST_BLOCK_BYTES = 1 << 20
+MAGNITUDE_BLOCK_BYTES = 1 << 20
 
 
 class Digest(Protocol):
@@ -91,6 +93,28 @@ def read_beside(
         return rows_SC.expand(stop - start, -1)
     index_R = torch.div(torch.arange(start, stop) + beside.offset, beside.span, rounding_mode="floor")
     return rows_SC[index_R + (beside.start - first)]
+
+
+def largest_magnitude(reader: CheckpointReader, group: Iterable[SourceRows], scratch: Scratch) -> "torch.Tensor":
+    """Return the largest magnitude among rows that are read as they are, fp32 (1, 1).
+
+    Raises:
+        InputError: a value is NaN or Inf, named by tensor and row.
+    """
+    import torch
+
+    largest = torch.zeros((), dtype=torch.float32)
+    for source in group:
+        assert not source.beside, source
+        assert source.right is None, source
+        step = max(1, MAGNITUDE_BLOCK_BYTES // max(1, reader.entry(source.name).row_bytes))
+        for start in range(source.start, source.stop, step):
+            rows_RC = read_block(reader, source.name, start, min(start + step, source.stop), scratch)
+            if source.columns is not None:
+                rows_RC = rows_RC[:, source.columns.start : source.columns.stop]
+            low, high = rows_RC.aminmax()
+            largest = torch.maximum(largest, torch.maximum(low.neg(), high).float())
+    return largest.view(1, 1)
 
 
 def digest_extra_reads(reader: CheckpointReader, source: SourceRows, digest: Digest) -> None:

@@ -100,5 +100,5 @@ class StagingPlan:
 
 def source_files(shard: Shard, reader: CheckpointReader) -> frozenset[str]:
     """Return the source files that an output shard is made from."""
-    reads = (name for unit in shard.units for rows in unit.sources for name, *_ in rows.reads())
+    reads = (name for unit in shard.units for name, *_ in unit.reads())
     return frozenset(reader.index.entries[name][0] for name in reads)

@@ -15,7 +15,16 @@ from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from converters.blocks import Digest, Scratch, as_bytes, digest_extra_reads, read_beside, read_block, row_bytes
+from converters.blocks import (
+    Digest,
+    Scratch,
+    as_bytes,
+    digest_extra_reads,
+    largest_magnitude,
+    read_beside,
+    read_block,
+    row_bytes,
+)
 from converters.checkpoint.journal import ShardRecord, TensorRecord
 from converters.checkpoint.plan import OutputPlan, Shard, SourceRows, Unit
 from converters.checkpoint.reader import CheckpointReader
@@ -52,7 +61,8 @@ class RunOptions:
         """Return how many source rows a worker holds at once."""
         share = int(self.max_memory / self.num_workers / unit.transform.working_bytes)
         wanted = COPY_BLOCK_BYTES if unit.transform.working_bytes == 1.0 else BLOCK_BYTES
-        return max(1, min(wanted, share) // max(1, row_bytes))
+        rows = min(wanted, share) // max(1, row_bytes)
+        return max(unit.grain, rows // unit.grain * unit.grain)
 
 
 def peak_block_bytes(plan: OutputPlan, reader: CheckpointReader, options: RunOptions) -> int:
@@ -67,7 +77,8 @@ def peak_block_bytes(plan: OutputPlan, reader: CheckpointReader, options: RunOpt
     for shard in plan.shards:
         for unit in shard.units:
             widest = max((row_bytes(reader, source) for source in unit.sources), default=0)
-            block = options.block_rows(unit, widest) * widest * unit.transform.working_bytes
+            rows = min(options.block_rows(unit, widest), unit.num_rows)
+            block = rows * widest * unit.transform.working_bytes
             if block > largest:
                 largest, where = block, unit.outputs[0].name
     peak = ceil(largest * options.num_workers)
@@ -97,12 +108,38 @@ class Run:
     previous: "Previous | None" = None
     on_unit: Callable[[str], None] | None = None
     feed: "Feed | None" = None
+    magnitudes: "Magnitudes" = field(default_factory=lambda: Magnitudes())
 
     def step(self, nbytes: int) -> None:
         """Report progress; end the worker if the run is over."""
         if self.stop.is_set():
             raise Stop
         self.on_bytes(nbytes)
+
+
+class Magnitudes:
+    """Largest magnitudes of groups of weights, each found once, by the worker that first needs it."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._found: dict[tuple[SourceRows, ...], Future[torch.Tensor]] = {}
+
+    def of(self, group: tuple[SourceRows, ...], reader: CheckpointReader, scratch: Scratch) -> "torch.Tensor":
+        """Return the largest magnitude of a group, fp32 (1, 1).
+
+        Raises:
+            InputError: a value is NaN or Inf.
+        """
+        with self._lock:
+            is_first = group not in self._found
+            future = self._found.setdefault(group, Future())
+        if is_first:
+            try:
+                future.set_result(largest_magnitude(reader, group, scratch))
+            except BaseException as error:
+                future.set_exception(error)
+                raise
+        return future.result()
 
 
 class ShardRun:
@@ -182,9 +219,11 @@ def _make_unit(unit: Unit, shard_run: ShardRun, run: Run) -> dict[str, TensorRec
     is_copy = isinstance(unit.transform, Copy) and all(source.is_whole for source in unit.sources)
     for row, blocks in made_blocks(unit, run, None if is_copy else source_digest):
         for output, block in zip(unit.outputs, blocks, strict=True):
+            if row and not output.grain:
+                continue
             data = as_bytes(block)
             digests[output.name].update(data)
-            shard_run.writer.write(output.name, row * output.row_bytes, data)
+            shard_run.writer.write(output.name, output.offset(row, unit.num_rows), data)
             run.step(len(data))
     hexes = {name: digest.hexdigest() for name, digest in digests.items()}
     source_hex = hexes[unit.outputs[0].name] if is_copy else source_digest.hexdigest()
@@ -197,18 +236,32 @@ def made_blocks(unit: Unit, run: Run, digest: Digest | None) -> "Iterator[tuple[
 
     if not unit.sources:
         yield 0, unit.transform(torch.empty(0))
+    extra: tuple[torch.Tensor, ...] = ()
+    if unit.group:
+        largest = run.magnitudes.of(unit.group, run.reader, run.scratch)
+        extra = (largest,)
+        if digest is not None:
+            digest.update(as_bytes(largest))
     row = 0
     for source in unit.sources:
+        assert row % unit.grain == 0, unit
         step = run.options.block_rows(unit, row_bytes(run.reader, source))
         for start in range(0, source.rows, step):
-            yield row + start, _make(unit, source, start, min(start + step, source.rows), run, digest)
+            yield row + start, _make(unit, source, start, min(start + step, source.rows), run, digest, extra)
         if digest is not None:
             digest_extra_reads(run.reader, source, digest)
         row += source.rows
 
 
 def _make(
-    unit: Unit, source: SourceRows, start: int, stop: int, run: Run, digest: Digest | None, slot: int = 0
+    unit: Unit,
+    source: SourceRows,
+    start: int,
+    stop: int,
+    run: Run,
+    digest: Digest | None,
+    extra: "tuple[torch.Tensor, ...]",
+    slot: int = 0,
 ) -> "tuple[torch.Tensor, ...]":
     """Return what becomes of rows [start, stop) of a source, with what stands to the right appended."""
     import torch
@@ -220,12 +273,12 @@ def _make(
         read_beside(run.reader, beside, start, stop, run.scratch, slot + number)
         for number, beside in enumerate(source.beside, 1)
     ]
-    blocks = _transform(unit, rows_RC, beside, source.name, source.start + start)
+    blocks = _transform(unit, rows_RC, [*beside, *extra], source.name, source.start + start)
     if source.columns is not None:
         blocks = tuple(block[:, source.columns.start : source.columns.stop] for block in blocks)
     if source.right is not None:
         # what is read there goes into the digest later, as a whole: it must not depend on the size of blocks
-        rest = _make(unit, source.right, start, stop, run, None, slot + len(beside) + 1)
+        rest = _make(unit, source.right, start, stop, run, None, extra, slot + len(beside) + 1)
         blocks = tuple(torch.cat(pair, dim=1) for pair in zip(blocks, rest, strict=True))
     return blocks
 

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Event
 
-from converters.blocks import digest_rows
+from converters.blocks import Scratch, as_bytes, digest_rows, largest_magnitude
 from converters.checkpoint.journal import ShardRecord
 from converters.checkpoint.plan import Shard, Unit
 from converters.checkpoint.reader import CheckpointReader
@@ -61,7 +61,7 @@ def changed_source_tensor(conversion: Conversion, journal: dict[str, ShardRecord
         if shard.file not in journal:
             continue
         for unit in shard.units:
-            names = {name for rows in unit.sources for name, *_ in rows.reads()}
+            names = {name for name, *_ in unit.reads()}
             if not files.intersection(index.entries[name][0] for name in names):
                 continue
             record = journal[shard.file].tensors.get(unit.outputs[0].name)
@@ -71,8 +71,10 @@ def changed_source_tensor(conversion: Conversion, journal: dict[str, ShardRecord
 
 
 def source_digest_of(reader: CheckpointReader, unit: Unit) -> str:
-    """Hash the rows that a unit reads, in the order in which it reads them."""
+    """Hash what decides a unit's outputs, in the order in which it is read: its group's largest magnitude, its rows."""
     digest = hashlib.sha256()
+    if unit.group:
+        digest.update(as_bytes(largest_magnitude(reader, unit.group, Scratch())))
     buffer = memoryview(bytearray(COPY_BLOCK_BYTES))
     for rows in unit.sources:
         for name, start, stop in rows.reads():

@@ -238,7 +238,9 @@ def serving(files: Mapping[str, bytes], monkeypatch: pytest.MonkeyPatch) -> Iter
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_TELEMETRY", True)
     monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 5)
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_IMPLICIT_TOKEN", False)
-    monkeypatch.delenv("HF_TOKEN", raising=False)
+    # what the machine sets must not reach the programs that tests start
+    for name in ("HF_TOKEN", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", "/nonexistent/token")
     monkeypatch.setattr("converters.hub.fetch.RetryPolicy.delay", lambda self, failures, retry_after: 0.001)
     try:

@@ -5,13 +5,14 @@ It holds no time, host or path, so that the same job gives the same bytes.
 
 import hashlib
 import json
+from collections.abc import Iterable
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
 from converters.checkpoint.header import TensorEntry
 from converters.checkpoint.journal import ShardRecord
-from converters.checkpoint.plan import OutputPlan, Shard, Unit
+from converters.checkpoint.plan import OutputPlan, Shard, SourceRows, Unit
 from converters.checkpoint.reader import CheckpointReader
 from converters.checkpoint.writer import write_file
 from converters.config import read_json
@@ -38,7 +39,7 @@ def plan_digest(plan: OutputPlan) -> str:
     for shard in plan.shards:
         digest.update(shard.file.encode() + shard.header)
         for unit in shard.units:
-            digest.update(repr((unit.sources, sorted(transform_json(unit.transform).items()))).encode())
+            digest.update(repr((unit.sources, unit.group, sorted(transform_json(unit.transform).items()))).encode())
     return digest.hexdigest()
 
 
@@ -93,12 +94,16 @@ def _place(shard: Shard, entry: TensorEntry) -> dict[str, Any]:
 
 
 def provenance(unit: Unit, reader: CheckpointReader) -> dict[str, Any]:
-    """Return how a unit's outputs are made: the transform with its parameters, and the source rows."""
-    sources = [
+    """Return how a unit's outputs are made: the transform with its parameters, source rows, rows that share a scale."""
+    made = {"transform": transform_json(unit.transform), "sources": _places(unit.sources, reader)}
+    return {**made, "group": _places(unit.group, reader)} if unit.group else made
+
+
+def _places(sources: Iterable[SourceRows], reader: CheckpointReader) -> list[dict[str, Any]]:
+    return [
         {"file": reader.index.entries[rows.name][0], "offset": reader.entry(rows.name).begin, **rows.as_json()}
-        for rows in unit.sources
+        for rows in sources
     ]
-    return {"transform": transform_json(unit.transform), "sources": sources}
 
 
 def write_manifest(dst: Path, manifest: dict[str, Any]) -> None:

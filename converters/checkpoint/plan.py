@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
-from math import prod
+from math import lcm, prod
 from typing import Any
 
 from converters.checkpoint.dtypes import itemsize
@@ -16,11 +16,16 @@ DEFAULT_MAX_SHARD_BYTES = 5_000_000_000
 
 @dataclass(frozen=True, slots=True)
 class OutputTensor:
-    """A tensor to be written."""
+    """A tensor to be written.
+
+    `grain` says how many source rows one of its steps stands for: 1 for codes or a scale per row, 128 for scales of
+    blocks of 128 rows, 0 if all of it is made at once, with the first rows.
+    """
 
     name: str
     dtype: str
     shape: tuple[int, ...]
+    grain: int = 1
 
     @property
     def nbytes(self) -> int:
@@ -36,6 +41,12 @@ class OutputTensor:
     def row_bytes(self) -> int:
         """Bytes of a row."""
         return self.nbytes // max(1, self.rows)
+
+    def offset(self, row: int, num_rows: int) -> int:
+        """Return where what is made of source rows from `row` on begins, of num_rows in all; row is a whole step."""
+        assert (self.grain and row % self.grain == 0) or row == 0, (self, row)
+        steps = -(-num_rows // (self.grain or num_rows or 1))
+        return row // (self.grain or 1) * (self.nbytes // max(1, steps))
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,19 +123,40 @@ class SourceRows:
 class Unit:
     """Outputs that are made together, row for row, from the same source rows.
 
-    Row r of every output comes from row r of the concatenated sources; without sources the transform knows the output.
-    `equals` are source rows that hold the same values as the sources, or that the transform knows; they are not read.
+    Row r of the concatenated sources makes row r of every output, or a part of it where an output's grain is not 1;
+    without sources the transform knows the output.
+
+    Attributes:
+        equals: source rows that hold the same values as the sources, or that the transform knows; they are not read.
+        group: the sources of all weights that share one scale, own rows included. Their largest magnitude is found
+            before the first block, and the transform gets it last, as fp32 (1, 1). Empty: it needs none.
     """
 
     outputs: tuple[OutputTensor, ...]
     sources: tuple[SourceRows, ...]
     transform: RowTransform
     equals: tuple[SourceRows, ...] = ()
+    group: tuple[SourceRows, ...] = ()
 
     @property
     def nbytes(self) -> int:
         """Bytes of all outputs."""
         return sum(output.nbytes for output in self.outputs)
+
+    @property
+    def num_rows(self) -> int:
+        """Source rows."""
+        return sum(source.rows for source in self.sources)
+
+    @property
+    def grain(self) -> int:
+        """Blocks of source rows must be multiples of this, but for the last."""
+        return lcm(*(output.grain or 1 for output in self.outputs))
+
+    def reads(self) -> "Iterator[tuple[str, int, int]]":
+        """Yield name, start and stop of all rows that are read, those of the group included."""
+        for rows in (*self.sources, *self.group):
+            yield from rows.reads()
 
 
 @dataclass(frozen=True)
@@ -188,9 +220,7 @@ class OutputPlan:
     @property
     def source_names(self) -> set[str]:
         """Source tensors that are read."""
-        return {
-            name for shard in self.shards for unit in shard.units for rows in unit.sources for name, *_ in rows.reads()
-        }
+        return {name for shard in self.shards for unit in shard.units for name, *_ in unit.reads()}
 
     @property
     def bytes_by_transform(self) -> dict[str, int]:

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 class RowTransform(Protocol):
     """A function from (R, C) source rows to one (R, ...) block for each output of its unit.
 
-    Some also need what stands beside the rows in other tensors, (R, .) each.
+    Some also need what stands beside the rows in other tensors, (R, .) each, and those that share a scale with other
+    weights get the largest magnitude of all of them last, (1, 1).
     """
 
     @property

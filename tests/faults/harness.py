@@ -44,6 +44,7 @@ class Runner:
         # one thread each: a fork of a process with threads would inherit their locks
         environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
         environment["OPENBLAS_NUM_THREADS"] = "1"
+        environment.pop("HF_HUB_OFFLINE", None)
         self._process = subprocess.Popen(
             command, cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
         )
