@@ -122,7 +122,8 @@ class Magnitudes:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._found: dict[tuple[SourceRows, ...], Future[torch.Tensor]] = {}
+        self._locks: dict[tuple[SourceRows, ...], threading.Lock] = {}
+        self._found: dict[tuple[SourceRows, ...], torch.Tensor] = {}
 
     def of(self, group: tuple[SourceRows, ...], reader: CheckpointReader, scratch: Scratch) -> "torch.Tensor":
         """Return the largest magnitude of a group, fp32 (1, 1).
@@ -131,15 +132,11 @@ class Magnitudes:
             InputError: a value is NaN or Inf.
         """
         with self._lock:
-            is_first = group not in self._found
-            future = self._found.setdefault(group, Future())
-        if is_first:
-            try:
-                future.set_result(largest_magnitude(reader, group, scratch))
-            except BaseException as error:
-                future.set_exception(error)
-                raise
-        return future.result()
+            own_lock = self._locks.setdefault(group, threading.Lock())
+        with own_lock:
+            if group not in self._found:
+                self._found[group] = largest_magnitude(reader, group, scratch)
+            return self._found[group]
 
 
 class ShardRun:

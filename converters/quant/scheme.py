@@ -10,3 +10,11 @@ class Arithmetic(StrEnum):
 
     FLOAT32 = "float32"
     COMPRESSED_TENSORS = "compressed-tensors"
+    MODELOPT = "modelopt"
+
+
+class ScaleSearch(StrEnum):
+    """How the local scales of NVFP4 are chosen: from the largest magnitude, or by the smallest squared error."""
+
+    NONE = "none"
+    MSE = "mse"

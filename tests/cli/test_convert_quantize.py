@@ -22,7 +22,7 @@ def test_convert_prints_plan_and_result_and_writes_the_same_tensors(
         "MTP layer\tlayer 3, with its own embedding and head",
         "output\t273.9kB in 107 tensors, 3 shards",
         "made by\tcopy 262.7kB",
-        "memory\t1.0MB in flight, 1 workers",
+        "memory\t9.2kB in flight, 1 workers",
         "reads\t262.7kB",
         "writes\t273.9kB, which is also the disk it needs",
         "time\t0s at the measured rate, if the disk keeps up",
