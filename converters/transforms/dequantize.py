@@ -74,9 +74,9 @@ class Dequantize:
 
 @dataclass(frozen=True, slots=True)
 class Constant:
-    """Values that follow from the plan, such as the shape of a packed weight."""
+    """Values that are known before anything is read, such as the shape of a packed weight, or a calibrated scale."""
 
-    values: tuple[int, ...]
+    values: tuple[float, ...]
     dtype: str
     name: str = "written anew"
     working_bytes: float = 1.0

@@ -6,11 +6,13 @@ from typing import TYPE_CHECKING, Protocol
 from converters.checkpoint.dtypes import torch_dtype
 from converters.errors import InputError
 from converters.numerics.finite import first_non_finite
+from converters.transforms.quantize import QuantizeFp8Channel
 
 if TYPE_CHECKING:
     import torch
 
-    from converters.quant.scheme import Arithmetic
+
+__all__ = ["Cast", "Copy", "QuantizeFp8Channel", "RowTransform", "cast_rows"]
 
 
 class RowTransform(Protocol):
@@ -83,18 +85,3 @@ def cast_rows(rows_RC: "torch.Tensor", dtype: str) -> "torch.Tensor":
             next_step="Keep the dtype, or choose bfloat16 or float32.",
         )
     return cast_RC
-
-
-@dataclass(frozen=True, slots=True)
-class QuantizeFp8Channel:
-    """Rows to E4M3 codes and one scale per row; see `converters.numerics.fp8`."""
-
-    arithmetic: "Arithmetic"
-    name: str = "fp8 per channel"
-    working_bytes: float = 5.0
-
-    def __call__(self, rows_RC: "torch.Tensor", *_: "torch.Tensor") -> "tuple[torch.Tensor, ...]":
-        """Return codes (R, C) and scales (R, 1)."""
-        from converters.numerics.fp8 import quantize_channel
-
-        return quantize_channel(rows_RC, self.arithmetic)
