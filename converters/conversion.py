@@ -2,15 +2,18 @@
 
 import json
 import stat
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import converters
 from converters.checkpoint.disk_read import check_link, read_file
 from converters.checkpoint.index import INDEX_FILE, PICKLE_SUFFIXES, SUFFIX
-from converters.checkpoint.journal import LISTING_FILE, is_job_begun, state_folder
-from converters.checkpoint.manifest import MANIFEST_FILE
-from converters.checkpoint.plan import OutputPlan
+from converters.checkpoint.journal import LISTING_FILE, TensorRecord, is_job_begun, state_folder
+from converters.checkpoint.manifest import MANIFEST_FILE, plan_digest, source_digest
+from converters.checkpoint.plan import OutputPlan, Shard
 from converters.config import CONFIG_FILE
 from converters.errors import UsageError
 from converters.pipeline import RunOptions, peak_block_bytes
@@ -19,11 +22,25 @@ from converters.source import Source
 # code and pickles are never carried along; index and config are written anew
 _NOT_COPIED_SUFFIXES = frozenset({SUFFIX, ".py", *PICKLE_SUFFIXES})
 _WRITTEN_ANEW = frozenset({INDEX_FILE, CONFIG_FILE, MANIFEST_FILE})
+FromRecords = Callable[[Mapping[str, TensorRecord]], bytes]
 
 
 @dataclass(frozen=True)
 class Conversion:
-    """Everything about a conversion that is known before data is read."""
+    """Everything about a conversion that is known before data is read.
+
+    Attributes:
+        source: where it reads.
+        plan: the shards.
+        config: config.json of the result.
+        passthrough: files that are copied as they are.
+        command: who planned it.
+        options: what makes it another job.
+        generated: further files of the result, by name: their content, or what makes it from the tensors' records.
+        notes: what the user should know of the result, a sentence each.
+        limits: which parallel sizes it fits, by part of the model; empty where nothing limits them but the model.
+        engines: what loads it; None: whatever loads its layout.
+    """
 
     source: Source
     plan: OutputPlan
@@ -31,11 +48,26 @@ class Conversion:
     passthrough: tuple[str, ...]
     command: str
     options: dict[str, Any]
+    generated: "Mapping[str, bytes | FromRecords]" = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    limits: Mapping[str, str] = field(default_factory=dict)
+    engines: tuple[str, ...] | None = None
+
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """What the job is, as JSON has it; two runs with the same identity write the same bytes."""
+        return {
+            "command": self.command,
+            "version": converters.__version__,
+            "options": json.loads(json.dumps(self.options)),
+            "source": source_digest(self.source.reader, self.source.raw_config),
+            "plan": plan_digest(self.plan),
+        }
 
     @property
     def has_index(self) -> bool:
-        """Whether the result needs an index: one file by the standard name does not."""
-        return len(self.plan.shards) > 1
+        """Whether the result needs an index: one file by the standard name does not, nor do files for ranks."""
+        return len(self.plan.shards) > 1 and self.plan.distribution is None
 
     @property
     def source_bytes(self) -> int:
@@ -47,15 +79,22 @@ class Conversion:
         return {
             "source_bytes": self.source_bytes,
             "output_bytes": self.plan.file_bytes,
-            "shards": [{"file": shard.file, "bytes": shard.file_bytes} for shard in self.plan.shards],
+            "shards": [_shard_summary(shard) for shard in self.plan.shards],
             "tensors": len(self.plan.weight_map),
             "bytes_by_transform": self.plan.bytes_by_transform,
             "dropped_tensors": len(self.plan.dropped),
             "copied_files": list(self.passthrough),
             "workers": options.num_workers,
             "peak_block_bytes": peak_block_bytes(self.plan, self.source.reader, options),
-            "notes": list(self.source.notes),
+            "notes": [*self.source.notes, *self.notes],
+            **({"limits": dict(self.limits)} if self.limits else {}),
+            **({"distribution": self.plan.distribution.as_json()} if self.plan.distribution else {}),
         }
+
+
+def _shard_summary(shard: Shard) -> dict[str, Any]:
+    facts: dict[str, Any] = {"file": shard.file, "bytes": shard.file_bytes}
+    return facts if shard.rank is None else {**facts, "rank": shard.rank}
 
 
 def passthrough_files(folder: Path) -> tuple[str, ...]:
@@ -85,17 +124,32 @@ def check_destination(src: Path, dst: Path) -> None:
     above = next(path for path in (dst, *dst.parents) if path.exists())
     if not above.is_dir():
         raise UsageError(f"DST {dst}", expected="a folder", found="a file" if above == dst else f"the file {above}")
+    # before the records are looked for: of another run, they come before any other file and go after all are there
+    has_files = dst.exists() and any(path != state_folder(dst) for path in dst.iterdir())
     if is_job_begun(dst) or (dst / MANIFEST_FILE).is_file():
         return
     if (state_folder(dst) / LISTING_FILE).exists():
         raise UsageError(f"DST {dst}", expected="an empty or new folder", found="a download, finished or not")
-    if dst.exists() and any(path != state_folder(dst) for path in dst.iterdir()):
+    if has_files:
         raise UsageError(
             f"DST {dst}",
             expected="an empty or new folder",
             found="files in it",
             next_step="Remove it or choose another; nothing is overwritten.",
         )
+
+
+def side_bytes(conversion: Conversion, name: str, records: Mapping[str, TensorRecord]) -> bytes:
+    """Return the content of a file beside the weights: copied from the source, or generated.
+
+    Args:
+        name: of the file.
+        records: of all written tensors.
+    """
+    generated = conversion.generated.get(name)
+    if generated is None:
+        return read_file(conversion.source.folder / name)
+    return generated if isinstance(generated, bytes) else generated(records)
 
 
 def config_bytes(conversion: Conversion) -> bytes:

@@ -8,13 +8,16 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from http.client import responses
+from pathlib import Path
 from threading import Event
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from converters import __version__
+from converters.checkpoint.index import PICKLE_SUFFIXES, has_weights
 from converters.errors import InputError, NetworkError, UsageError
 from converters.hub.fetch import Answer, RetryPolicy, Transient
 from converters.hub.listing import ListedFile, Listing, check_listing
+from converters.remote import HubId
 
 if TYPE_CHECKING:
     from huggingface_hub.errors import HfHubHTTPError
@@ -263,7 +266,36 @@ def _retry_after(headers: Mapping[str, Any]) -> float:
     return float(limit.reset_in_seconds) if limit and not limit.remaining else 0.0
 
 
+def cached_folder(hub_id: HubId) -> Path | None:
+    """Return where the hub's cache has all weights of a revision, None if it lacks some; nobody is asked."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    ignored = [f"*{suffix}" for suffix in (*PICKLE_SUFFIXES, ".py")]
+    try:
+        found = snapshot_download(hub_id.repo, revision=hub_id.revision, local_files_only=True, ignore_patterns=ignored)
+    except LocalEntryNotFoundError:
+        return None
+    folder = Path(found)
+    return folder if has_weights(folder) else None
+
+
 def _reason(error: Exception) -> str:
     """Return what went wrong on the wire; an error about a header repeats the header, so its text is left out."""
     text = str(error)
     return type(error).__name__ if not text or "header" in text.lower() or "hf_" in text else text[:200]
+
+
+def card_metadata(text: str) -> dict[str, Any]:
+    """Return the metadata at the head of a model card, {} if there is none that can be read."""
+    from huggingface_hub import ModelCard
+
+    found: dict[str, Any] = ModelCard(text, ignore_metadata_errors=True).data.to_dict()  # type: ignore[no-untyped-call]
+    return found
+
+
+def render_card(metadata: Mapping[str, Any], body: str) -> str:
+    """Return a model card: the metadata as the hub reads it, then the body. Asks nobody."""
+    from huggingface_hub import ModelCardData
+
+    return f"---\n{ModelCardData(**metadata).to_yaml().strip()}\n---\n\n{body}"

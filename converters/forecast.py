@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from converters.blocks import Scratch
 from converters.checkpoint.plan import Unit
 from converters.conversion import Conversion
+from converters.formats.declared import MODELOPT_FILE, QUANTIZATION_KEY
 from converters.inspect.parallel import parallel_report
 from converters.layout import Layout, detect_layout
-from converters.pipeline import Run, RunOptions, made_blocks, single_threaded_ops
+from converters.making import Making
+from converters.pipeline import Run, RunOptions, single_threaded_ops
 from converters.schema import COMPANIONS
 
 SAMPLE_BYTES = 8 << 20
@@ -28,6 +30,10 @@ class Forecast:
 
     It is None where the weights are fetched as it goes.
 
+    `peak_disk_bytes` holds, beside what is written, the old result that an update replaces when it is done.
+
+    `engines` is empty where nothing is known of any, and `engines_note` says why.
+
     `tensor_parallel_sizes` is empty where groups of columns share scales; `inspect` tells the sizes of such a result.
     """
 
@@ -37,20 +43,25 @@ class Forecast:
     seconds: float | None
     tensor_parallel_sizes: tuple[int, ...]
     engines: tuple[str, ...]
+    engines_note: str
 
 
-def forecast(conversion: Conversion, options: RunOptions, *, can_measure: bool = True) -> Forecast:
+def forecast(
+    conversion: Conversion, options: RunOptions, *, can_measure: bool = True, replaced_bytes: int = 0
+) -> Forecast:
     """Return the figures; reads at most SAMPLE_BYTES for each kind of transform in the plan.
 
     Args:
         conversion: the planned job.
         options: its threads and memory.
         can_measure: whether the weights are there to try the transforms on.
+        replaced_bytes: size of the old result that an update replaces.
     """
     plan = conversion.plan
     # where scales are shared along the columns, what fits depends on each width; `inspect` tells it of the result
     scales = (e for shard in plan.shards for e in shard.entries if e.name.rpartition(".")[2] in COMPANIONS)
-    has_groups = any(len(entry.shape) == 2 and entry.shape[1] > 1 for entry in scales)
+    has_groups = plan.distribution is not None or any(len(e.shape) == 2 and e.shape[1] > 1 for e in scales)
+    engines, note = _engines(conversion)
     report = parallel_report(conversion.source.config, 1, is_quantized=False)
     with single_threaded_ops():
         rates = plan.bytes_by_transform if can_measure else {}
@@ -58,11 +69,25 @@ def forecast(conversion: Conversion, options: RunOptions, *, can_measure: bool =
     return Forecast(
         read_bytes=conversion.source_bytes,
         write_bytes=plan.file_bytes,
-        peak_disk_bytes=plan.file_bytes,
+        peak_disk_bytes=plan.file_bytes + replaced_bytes,
         seconds=seconds / options.num_workers if can_measure else None,
         tensor_parallel_sizes=() if has_groups else tuple(fit.size for fit in report.tensor if fit.fits),
-        engines=_ENGINES[detect_layout(conversion.source.config, plan.weight_map).layout],
+        engines=engines,
+        engines_note=note,
     )
+
+
+def _engines(conversion: Conversion) -> tuple[tuple[str, ...], str]:
+    """Return what is known to load the result; if nothing is, in words why."""
+    if conversion.engines is not None:
+        return conversion.engines, "not known"
+    layout = detect_layout(conversion.source.config, conversion.plan.weight_map).layout
+    files = (*conversion.passthrough, *conversion.generated)
+    if QUANTIZATION_KEY not in conversion.config and MODELOPT_FILE not in files:
+        return _ENGINES[layout], "this tool only; convert it back with --layout split"
+    if layout is Layout.SPLIT:
+        return (), "what loads this quantization format; its codes are copied as they are"
+    return (), "not known for quantized weights in this layout; --layout split is what engines load"
 
 
 def _seconds_per_byte(conversion: Conversion, options: RunOptions, transform: str) -> float:
@@ -71,7 +96,7 @@ def _seconds_per_byte(conversion: Conversion, options: RunOptions, transform: st
     largest = max(units, key=_nbytes)
     run = Run(conversion.source.reader, options, lambda _: None, scratch=Scratch())
     digest, made, start = hashlib.sha256(), 0, time.perf_counter()
-    for _, blocks in made_blocks(largest, run, digest):
+    for _, blocks in Making(largest, run, digest).blocks():
         made += sum(block.numel() * block.element_size() for block in blocks)
         if made >= SAMPLE_BYTES:
             break

@@ -8,33 +8,26 @@ import hashlib
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from converters.blocks import (
-    Digest,
-    Scratch,
-    as_bytes,
-    digest_extra_reads,
-    largest_magnitude,
-    read_beside,
-    read_block,
-    row_bytes,
-)
+from converters.accelerator import Accelerator
+from converters.blocks import Scratch, as_bytes, row_bytes
 from converters.checkpoint.journal import ShardRecord, TensorRecord
-from converters.checkpoint.plan import OutputPlan, Shard, SourceRows, Unit
+from converters.checkpoint.plan import Columns, OutputPlan, Shard, Unit
 from converters.checkpoint.reader import CheckpointReader
 from converters.checkpoint.writer import ShardWriter
-from converters.errors import InputError, ResourceError
+from converters.errors import ResourceError
+from converters.making import Magnitudes, Making
+from converters.together import all_columns, batches, shared_reads
 from converters.transforms.rows import Copy
+from converters.waiting import wait_for_all
 
 if TYPE_CHECKING:
-    import torch
-
     from converters.feed import Feed
     from converters.update import Previous
 
@@ -47,20 +40,28 @@ Progress = Callable[[int], None]
 
 @dataclass(frozen=True, slots=True)
 class RunOptions:
-    """How to run a plan: threads, and the bytes that all blocks in flight may take together."""
+    """How to run a plan: threads, the bytes that all blocks in flight may take together, and what helps the CPU."""
 
     workers: int = 0
     max_memory: int = DEFAULT_MAX_MEMORY
+    accelerator: Accelerator | None = None
 
     @property
     def num_workers(self) -> int:
         """Threads, 0 meaning one per core."""
         return self.workers or len(os.sched_getaffinity(0))
 
+    @property
+    def copy_block_bytes(self) -> int:
+        """Bytes of the buffer through which a worker copies or hashes what it does not transform."""
+        return max(1, min(COPY_BLOCK_BYTES, self.max_memory // self.num_workers))
+
     def block_rows(self, unit: Unit, row_bytes: int) -> int:
         """Return how many source rows a worker holds at once."""
-        share = int(self.max_memory / self.num_workers / unit.transform.working_bytes)
+        share = int(self.max_memory / self.num_workers / unit.working_bytes)
         wanted = COPY_BLOCK_BYTES if unit.transform.working_bytes == 1.0 else BLOCK_BYTES
+        if self.accelerator is not None and self.accelerator.supports(unit.transform):
+            wanted = self.accelerator.block_bytes
         rows = min(wanted, share) // max(1, row_bytes)
         return max(unit.grain, rows // unit.grain * unit.grain)
 
@@ -78,7 +79,7 @@ def peak_block_bytes(plan: OutputPlan, reader: CheckpointReader, options: RunOpt
         for unit in shard.units:
             widest = max((row_bytes(reader, source) for source in unit.sources), default=0)
             rows = min(options.block_rows(unit, widest), unit.num_rows)
-            block = rows * widest * unit.transform.working_bytes
+            block = rows * widest * unit.working_bytes
             if block > largest:
                 largest, where = block, unit.outputs[0].name
     peak = ceil(largest * options.num_workers)
@@ -108,35 +109,13 @@ class Run:
     previous: "Previous | None" = None
     on_unit: Callable[[str], None] | None = None
     feed: "Feed | None" = None
-    magnitudes: "Magnitudes" = field(default_factory=lambda: Magnitudes())
+    magnitudes: Magnitudes = field(default_factory=Magnitudes)
 
     def step(self, nbytes: int) -> None:
         """Report progress; end the worker if the run is over."""
         if self.stop.is_set():
             raise Stop
         self.on_bytes(nbytes)
-
-
-class Magnitudes:
-    """Largest magnitudes of groups of weights, each found once, by the worker that first needs it."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._locks: dict[tuple[SourceRows, ...], threading.Lock] = {}
-        self._found: dict[tuple[SourceRows, ...], torch.Tensor] = {}
-
-    def of(self, group: tuple[SourceRows, ...], reader: CheckpointReader, scratch: Scratch) -> "torch.Tensor":
-        """Return the largest magnitude of a group, fp32 (1, 1).
-
-        Raises:
-            InputError: a value is NaN or Inf.
-        """
-        with self._lock:
-            own_lock = self._locks.setdefault(group, threading.Lock())
-        with own_lock:
-            if group not in self._found:
-                self._found[group] = largest_magnitude(reader, group, scratch)
-            return self._found[group]
 
 
 class ShardRun:
@@ -165,7 +144,7 @@ class ShardRun:
 def write_shards(shards: Sequence[Shard], dst: Path, run: Run, on_shard: Callable[[ShardRecord], None]) -> None:
     """Write shards into dst, calling on_shard, from a worker's thread, when one has its final name and is synced.
 
-    Two shards are in flight at most, so that one is synced while the next is being filled.
+    Two shards are in flight at most, or two batches of them, so that one is synced while the next is being filled.
 
     Raises:
         InputError: a source tensor is unreadable or holds NaN or Inf.
@@ -175,19 +154,21 @@ def write_shards(shards: Sequence[Shard], dst: Path, run: Run, on_shard: Callabl
     jobs: set[Future[None]] = set()
     with single_threaded_ops(), ThreadPoolExecutor(run.options.num_workers, "glm4moe") as pool:
         try:
-            for shard in shards:
+            for batch in batches(shards):
                 if run.feed is not None:
-                    if not run.feed.is_ready(shard):
-                        # what the shard before it needs goes when it is done, and may have to make room
-                        _finish(jobs)
-                    run.feed.before(shard)
-                shard_run = ShardRun(dst, shard, on_shard)
-                started.append(shard_run)
-                shard_run.writer.open()
-                own = {pool.submit(_write_unit, unit, shard_run, run) for unit in shard.units}
-                _finish(jobs)
+                    for shard in batch:
+                        if not run.feed.is_ready(shard):
+                            # what the shard before it needs goes when it is done, and may have to make room
+                            wait_for_all(jobs)
+                        run.feed.before(shard)
+                opened = [ShardRun(dst, shard, on_shard) for shard in batch]
+                started += opened
+                for shard_run in opened:
+                    shard_run.writer.open()
+                own = {pool.submit(_write_reads, group, run) for group in shared_reads(batch, opened)}
+                wait_for_all(jobs)
                 jobs = own
-            _finish(jobs)
+            wait_for_all(jobs)
         finally:
             # a file must not be closed under a worker that still writes to it
             run.stop.set()
@@ -196,11 +177,31 @@ def write_shards(shards: Sequence[Shard], dst: Path, run: Run, on_shard: Callabl
                 shard_run.writer.abort()
 
 
-def _finish(jobs: set[Future[None]]) -> None:
-    """Wait for jobs; raise the first failure as soon as there is one."""
-    done, _ = wait(jobs, return_when=FIRST_EXCEPTION)
-    for job in done:
-        job.result()
+def _write_reads(group: list[tuple[Unit, ShardRun]], run: Run) -> None:
+    """Write units that need the same rows, reading them once."""
+    first, shard_run = group[0]
+    if len(group) == 1:
+        _write_unit(first, shard_run, run)
+        return
+    if run.on_unit:
+        run.on_unit(f"{shard_run.shard.file} {first.outputs[0].name} and {len(group) - 1} more")
+    by_columns: dict[Columns | None, list[tuple[Unit, ShardRun]]] = {}
+    for unit, shard_run in group:
+        by_columns.setdefault(unit.sources[0].columns, []).append((unit, shard_run))
+    digests = {columns: hashlib.sha256() for columns in by_columns}
+    source_digest = hashlib.sha256()
+    for row, (block,) in Making(all_columns(first), run, source_digest).blocks():
+        for columns, units in by_columns.items():
+            data = as_bytes(block if columns is None else block[:, columns.start : columns.stop])
+            digests[columns].update(data)
+            for unit, shard_run in units:
+                (output,) = unit.outputs
+                shard_run.writer.write(output.name, output.offset(row, unit.num_rows), data)
+                run.step(len(data))
+    for columns, units in by_columns.items():
+        record = TensorRecord(digests[columns].hexdigest(), source_digest.hexdigest())
+        for unit, shard_run in units:
+            shard_run.unit_done({unit.outputs[0].name: record})
 
 
 def _write_unit(unit: Unit, shard_run: ShardRun, run: Run) -> None:
@@ -214,7 +215,8 @@ def _make_unit(unit: Unit, shard_run: ShardRun, run: Run) -> dict[str, TensorRec
     digests = {output.name: hashlib.sha256() for output in unit.outputs}
     source_digest = hashlib.sha256()
     is_copy = isinstance(unit.transform, Copy) and all(source.is_whole for source in unit.sources)
-    for row, blocks in made_blocks(unit, run, None if is_copy else source_digest):
+    making = Making(unit, run, None if is_copy else source_digest)
+    for row, blocks in making.blocks():
         for output, block in zip(unit.outputs, blocks, strict=True):
             if row and not output.grain:
                 continue
@@ -223,75 +225,10 @@ def _make_unit(unit: Unit, shard_run: ShardRun, run: Run) -> dict[str, TensorRec
             shard_run.writer.write(output.name, output.offset(row, unit.num_rows), data)
             run.step(len(data))
     hexes = {name: digest.hexdigest() for name, digest in digests.items()}
-    source_hex = hexes[unit.outputs[0].name] if is_copy else source_digest.hexdigest()
-    return {name: TensorRecord(value, source_hex) for name, value in hexes.items()}
-
-
-def made_blocks(unit: Unit, run: Run, digest: Digest | None) -> "Iterator[tuple[int, tuple[torch.Tensor, ...]]]":
-    """Yield the outputs' blocks from top to bottom, each with its first row; digest takes what is read for them."""
-    import torch
-
-    if not unit.sources:
-        yield 0, unit.transform(torch.empty(0))
-    extra: tuple[torch.Tensor, ...] = ()
-    if unit.group:
-        largest = run.magnitudes.of(unit.group, run.reader, run.scratch)
-        extra = (largest,)
-        if digest is not None:
-            digest.update(as_bytes(largest))
-    row = 0
-    for source in unit.sources:
-        assert row % unit.grain == 0, unit
-        step = run.options.block_rows(unit, row_bytes(run.reader, source))
-        for start in range(0, source.rows, step):
-            yield row + start, _make(unit, source, start, min(start + step, source.rows), run, digest, extra)
-        if digest is not None:
-            digest_extra_reads(run.reader, source, digest)
-        row += source.rows
-
-
-def _make(
-    unit: Unit,
-    source: SourceRows,
-    start: int,
-    stop: int,
-    run: Run,
-    digest: Digest | None,
-    extra: "tuple[torch.Tensor, ...]",
-    slot: int = 0,
-) -> "tuple[torch.Tensor, ...]":
-    """Return what becomes of rows [start, stop) of a source, with what stands to the right appended."""
-    import torch
-
-    rows_RC = read_block(run.reader, source.name, source.start + start, source.start + stop, run.scratch, slot)
-    if digest is not None:
-        digest.update(as_bytes(rows_RC))
-    beside = [
-        read_beside(run.reader, beside, start, stop, run.scratch, slot + number)
-        for number, beside in enumerate(source.beside, 1)
-    ]
-    blocks = _transform(unit, rows_RC, [*beside, *extra], source.name, source.start + start)
-    if source.columns is not None:
-        blocks = tuple(block[:, source.columns.start : source.columns.stop] for block in blocks)
-    if source.right is not None:
-        # what is read there goes into the digest later, as a whole: it must not depend on the size of blocks
-        rest = _make(unit, source.right, start, stop, run, None, extra, slot + len(beside) + 1)
-        blocks = tuple(torch.cat(pair, dim=1) for pair in zip(blocks, rest, strict=True))
-    return blocks
-
-
-def _transform(
-    unit: Unit, rows_RC: "torch.Tensor", beside: "list[torch.Tensor]", name: str, start: int
-) -> "tuple[torch.Tensor, ...]":
-    try:
-        return unit.transform(rows_RC, *beside)
-    except InputError as error:
-        raise InputError(
-            f"tensor {name}, rows from {start}, {error.subject}",
-            expected=error.expected,
-            found=error.found,
-            next_step=error.next_step,
-        ) from error
+    codes = unit.outputs[0].name
+    source_hex = hexes[codes] if is_copy else source_digest.hexdigest()
+    quality = making.quality
+    return {name: TensorRecord(value, source_hex, quality if name == codes else None) for name, value in hexes.items()}
 
 
 @contextmanager

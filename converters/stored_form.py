@@ -20,6 +20,8 @@ _SUBJECT = "config.json: quantization_config"
 _REGEX_PREFIX = "re:"
 # the class name that stands for every linear module
 _ANY_LINEAR = "Linear"
+# of ModelOpt
+_WEIGHT_ONLY_ALGORITHMS = frozenset({"W4A16_NVFP4", "FP8_PB_WO"})
 Entries = Mapping[str, TensorEntry]
 
 
@@ -120,10 +122,16 @@ class Declaration:
     Attributes:
         schemes: how a quantized weight may be stored.
         rule: which modules are quantized; None in a dialect that does not say so by exact names.
+        quantizes_inputs: activations are quantized too, in at least one group.
+        method: the dialect, as the config calls it.
+        groups: targets of each group, with how its weights may be stored; the first that has a module counts.
     """
 
     schemes: tuple[Scheme, ...]
     rule: QuantizationRule | None
+    quantizes_inputs: bool = True
+    method: str = QUANT_METHOD
+    groups: tuple[tuple[ModuleSet, tuple[Scheme, ...]], ...] = ()
 
     def form(self, stored: Stored, entries: Entries) -> StoredForm:
         """Return how a tensor must lie on disk; `entries`, what is there, only decide where the config leaves it open.
@@ -139,7 +147,12 @@ class Declaration:
             return plain_form(stored)
         if (is_free and (is_plain_here or not entries)) or (self.rule and not self.rule.covers_stored(stored)):
             return plain_form(stored)
-        return _quantized_form(stored, _choose(self.schemes, entries))
+        return _quantized_form(stored, _choose(self._schemes_of(stored), entries))
+
+    def _schemes_of(self, stored: Stored) -> tuple[Scheme, ...]:
+        names = (_ANY_LINEAR, stored.module, stored.elements[0][0].tensor.module)
+        found = (schemes for targets, schemes in self.groups if any(name in targets for name in names))
+        return next(found, self.schemes)
 
 
 def plain_form(stored: Stored) -> StoredForm:
@@ -181,13 +194,21 @@ def parse_quantization(raw_config: Mapping[str, Any], folder: Path) -> Declarati
         return None
     schemes = declared_schemes(block)
     if block.get("quant_method") != QUANT_METHOD:
-        return Declaration(schemes, None)
+        return Declaration(
+            schemes, None, block.get("quant_algo") not in _WEIGHT_ONLY_ALGORITHMS, str(block.get("quant_method"))
+        )
     targets = [_group_targets(name, group) for name, group in block["config_groups"].items()]
     union = ModuleSet(
         frozenset().union(*(target.names for target in targets)),
         tuple(pattern for target in targets for pattern in target.patterns),
     )
-    return Declaration(schemes, QuantizationRule(union, ModuleSet.parse(block.get("ignore", []), f"{_SUBJECT}.ignore")))
+    rule = QuantizationRule(union, ModuleSet.parse(block.get("ignore", []), f"{_SUBJECT}.ignore"))
+    inputs = (group.get("input_activations") for group in block["config_groups"].values())
+    own = (
+        declared_schemes({**block, "config_groups": {name: group}}) for name, group in block["config_groups"].items()
+    )
+    groups = tuple(zip(targets, own, strict=True))
+    return Declaration(schemes, rule, any(args is not None for args in inputs), groups=groups)
 
 
 def _group_targets(name: str, group: Mapping[str, Any]) -> ModuleSet:

@@ -54,7 +54,12 @@ class TensorEntry:
 
 
 def num_rows(shape: tuple[int, ...]) -> int:
-    """Return the rows of a tensor seen as a matrix: all dims but the last; a vector is a column, a scalar one row."""
+    """Return the rows of a tensor seen as a matrix: all dims but the last; a vector is a column, a scalar one row.
+
+    ModelOpt stores the scales of blocks as [rows, 1, columns, 1].
+    """
+    if len(shape) > 3 and shape[-1] == shape[-3] == 1:
+        return prod(shape[:-3])
     return prod(shape[:-1]) if len(shape) > 1 else prod(shape)
 
 

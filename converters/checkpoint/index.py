@@ -1,12 +1,13 @@
 """Which files make up a checkpoint: the input gate that every folder passes before anything is read from it."""
 
 import stat
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from converters.checkpoint.disk_read import check_link
 from converters.checkpoint.header import TensorEntry, read_header
-from converters.config import read_json
+from converters.config import CONFIG_FILE, read_json
 from converters.errors import InputError, SecurityError
 
 INDEX_FILE = "model.safetensors.index.json"
@@ -19,12 +20,16 @@ PICKLE_SUFFIXES = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", 
 
 @dataclass(frozen=True)
 class CheckpointIndex:
-    """Every tensor of a folder with its file. `notes` says what was accepted although it is unusual."""
+    """Every tensor of a folder with its file. `notes` says what was accepted although it is unusual.
+
+    `elsewhere` has the folder of each file that was added from another one; such files are no part of the checkpoint.
+    """
 
     folder: Path
     entries: dict[str, tuple[str, TensorEntry]]
     files: tuple[str, ...]
     notes: tuple[str, ...] = ()
+    elsewhere: Mapping[str, Path] = field(default_factory=dict)
 
     @property
     def total_bytes(self) -> int:
@@ -55,6 +60,13 @@ def scan_checkpoint(folder: Path) -> CheckpointIndex:
     if weight_map is not None:
         _check_index(folder, weight_map, entries)
     return CheckpointIndex(folder, entries, tuple(files), (*notes, *mtp_notes))
+
+
+def has_weights(folder: Path) -> bool:
+    """Return whether config.json and all weights that the index names are in a folder; nothing is held against them."""
+    weight_map, _ = _weight_map(folder)
+    files = set(weight_map.values()) if weight_map is not None else {SINGLE_FILE}
+    return all((folder / name).is_file() for name in (CONFIG_FILE, *files))
 
 
 def checked_path(folder: Path, file: str) -> Path:
@@ -100,7 +112,7 @@ def _single_file(folder: Path) -> str:
             str(folder / INDEX_FILE),
             expected=f"an index for the {len(found)} safetensors files",
             found="none",
-            next_step="The checkpoint is incomplete, or still being written.",
+            next_step="The checkpoint is incomplete, still being written, or cut for ranks: --merge of shard joins it.",
         )
     pickled = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLE_SUFFIXES)
     if pickled:

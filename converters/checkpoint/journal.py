@@ -24,6 +24,7 @@ from typing import Any
 from converters.checkpoint.writer import disk_errors, sync_folder, write_json
 from converters.config import read_json
 from converters.errors import ConfigError, InputError, LockedError, UsageError
+from converters.quant.quality import TensorQuality
 
 STATE_FOLDER = ".glm4moe"
 JOB_FILE = "job.json"
@@ -37,10 +38,28 @@ JOURNAL_FILE = "journal{}.jsonl"  # filled with the suffix of a part
 
 @dataclass(frozen=True, slots=True)
 class TensorRecord:
-    """What is known about a written tensor: its bytes' sha256, and the sha256 of the source bytes it was made from."""
+    """What is known about a written tensor.
+
+    Attributes:
+        sha256: of its bytes.
+        source_sha256: of the source bytes that it was made from.
+        quality: errors of the codes of a quantized weight.
+    """
 
     sha256: str
     source_sha256: str
+    quality: TensorQuality | None = None
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> "TensorRecord":
+        """Build from what `as_json` returned, or from a manifest's tensor."""
+        quality = value.get("quality")
+        return cls(value["sha256"], value["source_sha256"], TensorQuality(**quality) if quality else None)
+
+    def as_json(self) -> dict[str, Any]:
+        """Return it as JSON has it; no errors where nothing was quantized."""
+        facts: dict[str, Any] = {"sha256": self.sha256, "source_sha256": self.source_sha256}
+        return facts if self.quality is None else {**facts, "quality": asdict(self.quality)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,8 +73,13 @@ class ShardRecord:
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> "ShardRecord":
         """Build from a parsed journal line."""
-        tensors = {name: TensorRecord(**record) for name, record in value["tensors"].items()}
+        tensors = {name: TensorRecord.from_json(record) for name, record in value["tensors"].items()}
         return cls(value["file"], value["file_bytes"], tensors)
+
+    def as_json(self) -> dict[str, Any]:
+        """Return a journal line's content."""
+        tensors = {name: record.as_json() for name, record in self.tensors.items()}
+        return {"file": self.file, "file_bytes": self.file_bytes, "tensors": tensors}
 
 
 def state_folder(dst: Path) -> Path:
@@ -109,14 +133,9 @@ class FolderLock:
         try:
             _flock(descriptor, kind)
         except BlockingIOError as error:
-            holder = os.pread(descriptor, 200, 0).decode(errors="replace").strip()
+            refusal = _held(self.dst, descriptor)
             self.close()
-            raise LockedError(
-                f"DST {self.dst}",
-                expected="no other run in it",
-                found=holder or "one",
-                next_step="Wait for it, or stop it and run the same command again.",
-            ) from error
+            raise refusal from error
         if kind == fcntl.LOCK_EX:
             os.ftruncate(descriptor, 0)
             os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
@@ -129,6 +148,38 @@ def _flock(descriptor: int, kind: int) -> None:
     except OSError as error:
         if error.errno not in _NO_LOCKS:
             raise
+
+
+def _held(dst: Path, descriptor: int) -> LockedError:
+    holder = os.pread(descriptor, 200, 0).decode(errors="replace").strip()
+    return LockedError(
+        f"DST {dst}",
+        expected="no other run in it",
+        found=holder or "one",
+        next_step="Wait for it, or stop it and run the same command again.",
+    )
+
+
+def check_unlocked(dst: Path, part_suffix: str = "") -> None:
+    """Refuse a folder, or a part of it, that another run holds; nothing is created.
+
+    Raises:
+        LockedError: with the holder.
+    """
+    wanted = {LOCK_FILE: fcntl.LOCK_SH if part_suffix else fcntl.LOCK_EX}
+    if part_suffix:
+        wanted[LOCK_FILE + part_suffix] = fcntl.LOCK_EX
+    for name, kind in wanted.items():
+        try:
+            descriptor = os.open(state_folder(dst) / name, os.O_RDONLY | os.O_CLOEXEC)
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        try:
+            _flock(descriptor, kind)
+        except BlockingIOError as error:
+            raise _held(dst, descriptor) from error
+        finally:
+            os.close(descriptor)
 
 
 def _make_durably(folder: Path) -> None:
@@ -182,6 +233,20 @@ def is_job_begun(dst: Path) -> bool:
     return any((state_folder(dst) / name).is_file() for name in (JOB_FILE, SWAP_FILE))
 
 
+def read_record(path: Path) -> dict[str, Any] | None:
+    """Return the object in a JSON file of the state folder; None if it is not there, or was removed meanwhile.
+
+    Raises:
+        ConfigError, InputError: it is damaged, or cannot be read.
+    """
+    try:
+        return read_json(path)
+    except InputError:
+        if path.exists():
+            raise
+        return None
+
+
 def open_job(state: Path, job: dict[str, Any]) -> bool:
     """Record the job, or compare it with the one already there; return whether this resumes one.
 
@@ -196,7 +261,7 @@ def open_job(state: Path, job: dict[str, Any]) -> bool:
     if create_json(path, job):
         return False
     try:
-        recorded = read_json(path)
+        recorded = read_record(path)
     except ConfigError as error:
         raise InputError(
             str(path),
@@ -204,15 +269,44 @@ def open_job(state: Path, job: dict[str, Any]) -> bool:
             found="something else",
             next_step="Run with --restart to begin anew.",
         ) from error
-    for field in sorted(job.keys() | recorded.keys()):
-        if job.get(field) != recorded.get(field):
-            raise UsageError(
-                f"DST {path.parent.parent}: {field}",
-                expected=f"{recorded.get(field)!r}, as the unfinished job in it",
-                found=repr(job.get(field)),
-                next_step="Run that job's command, or begin anew with --restart.",
-            )
+    if recorded is None:
+        # only where locks do not work
+        raise LockedError(f"DST {path.parent.parent}", expected="no other run in it", found="one that just finished it")
+    check_same_job(path.parent.parent, recorded, job)
     return True
+
+
+def check_same_job(dst: Path, recorded: dict[str, Any], job: dict[str, Any]) -> None:
+    """Compare the job that was begun in DST with the one asked for.
+
+    Raises:
+        UsageError: they differ; the first differing field is named, of options each one with both values.
+    """
+    for field in sorted(job.keys() | recorded.keys()):
+        before, now = recorded.get(field), job.get(field)
+        if before == now:
+            continue
+        expected, found = f"{before!r}, as the unfinished job in it", repr(now)
+        if isinstance(before, dict) and isinstance(now, dict):
+            expected, found = "those of the unfinished job in it", differing_options(before, now)
+        raise UsageError(
+            f"DST {dst}: {field}",
+            expected=expected,
+            found=found,
+            next_step="Run that job's command, or begin anew with --restart.",
+        )
+
+
+def differing_options(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """Return the options that two jobs do not share, such as `layout: packed, here split`."""
+    names = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
+    return "; ".join(f"{name}: {_spell(before.get(name))}, here {_spell(now.get(name))}" for name in names)
+
+
+def _spell(value: Any) -> str:
+    if value is None:
+        return "not given"
+    return {True: "yes", False: "no"}[value] if isinstance(value, bool) else str(value)
 
 
 def read_journal(state: Path) -> dict[str, ShardRecord]:
@@ -234,7 +328,7 @@ def read_journal(state: Path) -> dict[str, ShardRecord]:
 def append_journal(state: Path, record: ShardRecord, file: str) -> None:
     """Append a line and sync it. It starts with a newline, so that a half-written line before it stays alone."""
     path = state / file
-    text = json.dumps(asdict(record), separators=(",", ":")).encode()
+    text = json.dumps(record.as_json(), separators=(",", ":")).encode()
     with disk_errors(path):
         is_new = not path.exists()
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)

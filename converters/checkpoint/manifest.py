@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from converters.checkpoint.header import TensorEntry
-from converters.checkpoint.journal import ShardRecord
+from converters.checkpoint.journal import ShardRecord, TensorRecord
 from converters.checkpoint.plan import OutputPlan, Shard, SourceRows, Unit
 from converters.checkpoint.reader import CheckpointReader
 from converters.checkpoint.writer import write_file
@@ -21,6 +21,7 @@ from converters.transforms.rows import RowTransform
 
 MANIFEST_FILE = "glm4moe-manifest.json"
 SCHEMA = "glm4moe.manifest/1"
+DISTRIBUTION_KEY = "distribution"
 MAX_MANIFEST_BYTES = 256 << 20
 # facts about how a transform runs, not about what it does
 _TENSOR_KEYS = frozenset({"file", "dtype", "shape", "sha256", "source_sha256", "transform", "sources"})
@@ -45,7 +46,8 @@ def plan_digest(plan: OutputPlan) -> str:
 
 def source_digest(reader: CheckpointReader, config: dict[str, Any]) -> str:
     """Return sha256 over a source's headers and config: what it is, without reading its data."""
-    entries = sorted((name, file, asdict(entry)) for name, (file, entry) in reader.index.entries.items())
+    own = ((name, *place) for name, place in reader.index.entries.items() if place[0] not in reader.index.elsewhere)
+    entries = sorted((name, file, asdict(entry)) for name, file, entry in own)
     return hashlib.sha256(json.dumps([entries, config], sort_keys=True).encode()).hexdigest()
 
 
@@ -61,6 +63,28 @@ def build_manifest(
         done: the record of every shard, by file.
         side: sha256 of the other files, by name.
     """
+    if plan.distribution is not None:
+        about = {DISTRIBUTION_KEY: plan.distribution.as_json()}
+        tensors = plan.distribution.tensors(plan.shards, done)
+    else:
+        about, tensors = {}, _tensors(plan, reader, done)
+    return {
+        "schema": SCHEMA,
+        "job": job,
+        **about,
+        "shards": {shard.file: _shard_json(shard) for shard in plan.shards},
+        "files": dict(sorted(side.items())),
+        "dropped": dict(sorted(plan.dropped.items())),
+        "tensors": tensors,
+    }
+
+
+def _shard_json(shard: Shard) -> dict[str, Any]:
+    facts = {"bytes": shard.file_bytes}
+    return facts if shard.rank is None else {**facts, "rank": shard.rank}
+
+
+def _tensors(plan: OutputPlan, reader: CheckpointReader, done: dict[str, ShardRecord]) -> dict[str, Any]:
     tensors = {}
     for shard in plan.shards:
         units = {output.name: unit for unit in shard.units for output in unit.outputs}
@@ -68,19 +92,10 @@ def build_manifest(
             record = done[shard.file].tensors[entry.name]
             tensors[entry.name] = {
                 **_place(shard, entry),
-                "sha256": record.sha256,
                 **provenance(units[entry.name], reader),
-                "source_sha256": record.source_sha256,
+                **record.as_json(),
             }
-    shards = {shard.file: {"bytes": shard.file_bytes} for shard in plan.shards}
-    return {
-        "schema": SCHEMA,
-        "job": job,
-        "shards": shards,
-        "files": dict(sorted(side.items())),
-        "dropped": dict(sorted(plan.dropped.items())),
-        "tensors": tensors,
-    }
+    return tensors
 
 
 def _place(shard: Shard, entry: TensorEntry) -> dict[str, Any]:
@@ -143,12 +158,41 @@ def _is_manifest(value: dict[str, Any]) -> bool:
     if value.get("schema") != SCHEMA or any(not isinstance(value.get(key), dict) for key in kinds):
         return False
     tensors, shards = value["tensors"].values(), value["shards"].values()
-    return (
-        {"source", "version"} <= value["job"].keys()
-        and all(isinstance(tensor, dict) and tensor.keys() >= _TENSOR_KEYS for tensor in tensors)
-        and all(isinstance(shard, dict) and type(shard.get("bytes")) is int for shard in shards)
-        and all(tensor["file"] in value["shards"] for tensor in tensors)
+    if not {"source", "version"} <= value["job"].keys() or not all(map(_is_shard, shards)):
+        return False
+    if DISTRIBUTION_KEY in value:
+        return isinstance(value[DISTRIBUTION_KEY], dict) and all(map(_is_distributed, tensors))
+    return all(
+        isinstance(tensor, dict) and tensor.keys() >= _TENSOR_KEYS and tensor["file"] in value["shards"]
+        for tensor in tensors
     )
+
+
+def _is_shard(value: Any) -> bool:
+    return isinstance(value, dict) and type(value.get("bytes")) is int
+
+
+def _is_distributed(value: Any) -> bool:
+    """Return whether this is how a tensor that is cut for ranks is recorded."""
+    slices = value.get("slices") if isinstance(value, dict) else None
+    return isinstance(slices, list) and all(
+        isinstance(part, dict) and isinstance(part.get("ranks"), list) and isinstance(part.get("sha256"), str)
+        for part in slices
+    )
+
+
+def tensor_records(manifest: dict[str, Any]) -> dict[str, dict[str, TensorRecord]]:
+    """Return what a manifest records of every file's tensors; of files for ranks, by `rank N` instead of the file."""
+    records: dict[str, dict[str, TensorRecord]] = {}
+    for name, tensor in manifest["tensors"].items():
+        if DISTRIBUTION_KEY not in manifest:
+            records.setdefault(tensor["file"], {})[name] = TensorRecord.from_json(tensor)
+            continue
+        for part in tensor["slices"]:
+            record = TensorRecord(part["sha256"], part.get("source_sha256", part["sha256"]))
+            for rank in part["ranks"]:
+                records.setdefault(f"rank {rank}", {})[name] = record
+    return records
 
 
 def plain_name(name: str) -> str:

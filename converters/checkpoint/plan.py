@@ -1,15 +1,18 @@
 """The output plan: every file, tensor and byte offset, known before any data is read."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from math import lcm, prod
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from converters.checkpoint.dtypes import itemsize
 from converters.checkpoint.header import TensorEntry, build_header, num_rows
 from converters.errors import InputError
 from converters.transforms.rows import RowTransform
+
+if TYPE_CHECKING:
+    from converters.checkpoint.journal import ShardRecord
 
 DEFAULT_MAX_SHARD_BYTES = 5_000_000_000
 
@@ -153,6 +156,12 @@ class Unit:
         """Blocks of source rows must be multiples of this, but for the last."""
         return lcm(*(output.grain or 1 for output in self.outputs))
 
+    @property
+    def working_bytes(self) -> float:
+        """Memory in use per source byte: the transform's, and a copy of what is cut out or put side by side."""
+        is_copied = any(rows.columns is not None or rows.right is not None for rows in self.sources)
+        return self.transform.working_bytes + is_copied
+
     def reads(self) -> "Iterator[tuple[str, int, int]]":
         """Yield name, start and stop of all rows that are read, those of the group included."""
         for rows in (*self.sources, *self.group):
@@ -161,10 +170,22 @@ class Unit:
 
 @dataclass(frozen=True)
 class Shard:
-    """One output file: its units, its leading bytes, and the place of each tensor."""
+    """One output file: its units, its leading bytes, and the place of each tensor.
+
+    Attributes:
+        rank: the process that the file is for, where every process has files of its own.
+        batch: shards with one number, which stand side by side, are written together: rows that several of them need
+            are read once. None: the shard is written by itself.
+    """
 
     file: str
     units: tuple[Unit, ...]
+    rank: int | None = None
+    batch: int | None = None
+
+    def key(self, name: str) -> str:
+        """Return what tells a tensor of this file from all others of the plan."""
+        return name if self.rank is None else f"{self.rank}/{name}"
 
     @cached_property
     def _built(self) -> tuple[bytes, tuple[TensorEntry, ...]]:
@@ -189,17 +210,34 @@ class Shard:
         return len(self.header) + sum(entry.nbytes for entry in self.entries)
 
 
+class Distribution(Protocol):
+    """How tensors are distributed over ranks, as a manifest records it."""
+
+    def as_json(self) -> dict[str, Any]:
+        """Return what holds for all tensors."""
+
+    def tensors(self, shards: "Sequence[Shard]", done: "Mapping[str, ShardRecord]") -> dict[str, Any]:
+        """Return, for each tensor, its slices with the ranks that have them and their digests."""
+
+
 @dataclass(frozen=True)
 class OutputPlan:
-    """All shards of a conversion. `dropped` names the source tensors that are left out, with the reason."""
+    """All shards of a conversion.
+
+    Attributes:
+        shards: in the order of writing.
+        dropped: source tensors that are left out, with the reason.
+        distribution: over ranks, if each has files of its own.
+    """
 
     shards: tuple[Shard, ...]
     dropped: dict[str, str] = field(default_factory=dict)
+    distribution: Distribution | None = None
 
     @cached_property
     def weight_map(self) -> dict[str, str]:
-        """Tensor name to file name, in order of names."""
-        pairs = {entry.name: shard.file for shard in self.shards for entry in shard.entries}
+        """Tensor name to file name, in order of names; of files for ranks, the rank stands before the name."""
+        pairs = {shard.key(entry.name): shard.file for shard in self.shards for entry in shard.entries}
         return dict(sorted(pairs.items()))
 
     @property

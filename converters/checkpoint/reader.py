@@ -48,6 +48,12 @@ class CheckpointReader:
                 os.close(descriptor)
             self._descriptors.clear()
 
+    def widened(self, index: CheckpointIndex) -> "CheckpointReader":
+        """Return a reader of an index that has more files; both have the same files open, and either closes them."""
+        wider = CheckpointReader(index)
+        wider._lock, wider._descriptors = self._lock, self._descriptors
+        return wider
+
     def forget(self, file: str) -> None:
         """Close one file: the disk space of a removed one is free only then."""
         with self._lock:
@@ -57,7 +63,7 @@ class CheckpointReader:
 
     def path(self, file: str) -> Path:
         """Return where a file of the index is read from; see `checked_path` for what is refused."""
-        return checked_path(self.index.folder, file)
+        return checked_path(self.index.elsewhere.get(file, self.index.folder), file)
 
     @property
     def names(self) -> tuple[str, ...]:

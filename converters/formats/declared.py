@@ -20,6 +20,7 @@ _F32 = ("F32",)
 _CHANNEL = (1, WHOLE)
 _TENSOR = (WHOLE, WHOLE)
 _NVFP4_GROUP = 16
+_MODELOPT_BLOCK = (128, 128)
 # orders that leave the columns where they are; `group` and `dynamic` ones permute them
 _PLAIN_ORDERS = (None, False, "static", "weight")
 
@@ -150,15 +151,18 @@ def _modelopt(block: Mapping[str, Any]) -> tuple[Scheme, ...]:
     local = PartRule("weight_scale", Use.SCALE, _F8, (1, _NVFP4_GROUP))
     factor = _scalar("weight_scale_2", Use.SCALE, _F32)
     tensor_scale = _scalar("weight_scale", Use.SCALE, _F32)
+    per_block = PartRule("weight_scale", Use.SCALE, _F32, _MODELOPT_BLOCK, (Form.BLOCKS, Form.MATRIX))
+    fp8_block = Scheme("fp8 per block", Coding.SCALED, (codes, per_block))
     fp8 = Scheme("fp8 per tensor", Coding.SCALED, (codes, tensor_scale, inputs))
     fp8_channel = Scheme("fp8 per channel", Coding.SCALED, (codes, per_row, inputs))
     nvfp4 = Scheme("nvfp4", Coding.NVFP4_FACTOR, (nibbles, local, factor, inputs), 4)
     known = {
         "FP8": (fp8,),
         "FP8_PER_CHANNEL_PER_TOKEN": (fp8_channel,),
+        "FP8_PB_WO": (fp8_block,),
         "NVFP4": (nvfp4,),
         "W4A16_NVFP4": (nvfp4,),
-        "MIXED_PRECISION": (fp8, fp8_channel, nvfp4),
+        "MIXED_PRECISION": (fp8, fp8_channel, fp8_block, nvfp4),
     }
     if not isinstance(algorithm, str) or algorithm not in known:
         raise ConfigError(f"{_SUBJECT}.quant_algo", expected=f"one of {', '.join(known)}", found=repr(algorithm))

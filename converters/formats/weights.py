@@ -32,6 +32,7 @@ class Form(Enum):
     VECTOR = "[r]"  # in a stack [r, 1], so that rows stay rows
     SCALAR = "[]"
     SINGLE = "[1]"
+    BLOCKS = "[r, 1, c, 1]"
 
     def shape(self, stack: int | None, rows: int, columns: int) -> tuple[int, ...]:
         """Return the shape on disk."""
@@ -45,6 +46,8 @@ class Form(Enum):
                 return lead
             case Form.SINGLE:
                 return (*lead, 1)
+            case Form.BLOCKS:
+                return (*lead, rows, 1, columns, 1)
 
 
 class Coding(StrEnum):

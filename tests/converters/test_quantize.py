@@ -122,7 +122,7 @@ def test_transformers_loads_it_and_its_logits_equal_our_dequantized_ones(small: 
     model, info = Glm4MoeForCausalLM.from_pretrained(fp8, dtype=torch.float32, output_loading_info=True)
     assert not info["missing_keys"]
     assert not info["mismatched_keys"]
-    assert all(key.startswith("model.layers.3.") for key in info["unexpected_keys"])
+    assert {key.rpartition(".layers.")[2].partition(".")[0] for key in info["unexpected_keys"]} == {"3"}
     tensors = read_tensors(fp8)
     plain = Glm4MoeForCausalLM.from_pretrained(small, dtype=torch.float32)
     restored = {
@@ -200,7 +200,7 @@ def test_fp32_source_has_fp32_scales(tmp_path: Path) -> None:
 
 
 def test_unknown_scheme_is_refused_with_the_known_ones(small: Path) -> None:
-    with open_source(small) as source, pytest.raises(UsageError, match="--scheme: expected one of fp8, found fp9"):
+    with open_source(small) as source, pytest.raises(UsageError, match="--scheme: expected one of fp8, .*, found fp9"):
         plan_quantize(source, QuantizeOptions(scheme="fp9"))
 
 

@@ -1,0 +1,131 @@
+"""What the model card of a quantized result says, from the plan and the records of what was written."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+
+import converters
+from converters.checkpoint.journal import TensorRecord
+from converters.checkpoint.manifest import source_digest
+from converters.checkpoint.plan import OutputPlan
+from converters.inspect.variant import MtpFacts, detect_variant
+from converters.model_card import CardFacts, Serving, Weights, build_card
+from converters.quant.choice import Choice, QuantizeOptions
+from converters.quant.quality import TensorQuality
+from converters.quant.scheme import Recipe
+from converters.schema import ModelSchema
+from converters.source import Source
+
+ORGANIZATION = "zai-org"
+# released models by the parsers that their chat format needs
+_PARSERS = {"GLM-4.5": "glm45", "GLM-4.5-Air": "glm45", "GLM-4.6": "glm45", "GLM-4.7": "glm47"}
+# facts of a calibration that a reader asks for
+_CALIBRATION = ("num_tokens", "context_length", "texts", "seed")
+
+
+@dataclass(frozen=True)
+class Card:
+    """The card of one quantization; called with the records of all tensors it returns README.md.
+
+    Args:
+        source: what is quantized.
+        schema: the tensors of the result.
+        options: as they were given.
+        choice: what they mean.
+        recipes: of the quantized tensors, by name.
+        plan: what is written.
+        engines: what loads it.
+        tensor_parallel: sizes that fit, in words.
+        source_card: README.md of the source; empty if it has none.
+    """
+
+    source: Source
+    schema: ModelSchema
+    options: QuantizeOptions
+    choice: Choice
+    recipes: Mapping[str, Recipe]
+    plan: OutputPlan
+    engines: Sequence[str]
+    tensor_parallel: str
+    source_card: str
+
+    def __call__(self, records: Mapping[str, TensorRecord]) -> bytes:
+        """Return README.md."""
+        quality = {name: record.quality for name, record in records.items() if record.quality is not None}
+        return build_card(self._facts(quality), self.source_card)
+
+    def _facts(self, quality: Mapping[str, TensorQuality]) -> CardFacts:
+        config, schema = self.source.config, self.schema
+        mtp = MtpFacts(schema.mtp_layer, schema.has_mtp_copies, own_file=False, tensors=0, bytes=0)
+        variant = detect_variant(config, mtp, has_correction_bias=schema.has_router_bias)
+        is_released = variant.name in _PARSERS
+        stats = self.options.stats
+        return CardFacts(
+            base=variant.name if variant.base else "",
+            repository=f"{ORGANIZATION}/{variant.name}" if is_released else None,
+            scheme=self.options.scheme,
+            format=str(self.choice.format),
+            options=_options(self.options, self.choice),
+            version=converters.__version__,
+            source_digest=source_digest(self.source.reader, self.source.raw_config),
+            num_parameters=sum(tensor.numel for tensor in schema.tensors.values()),
+            num_bytes=self.plan.total_bytes,
+            weights=_weights(schema, self.recipes),
+            calibration={key: json.dumps(stats.provenance.get(key)) for key in _CALIBRATION} if stats else None,
+            quality=quality,
+            serving=_serving(self.engines, _PARSERS.get(variant.base, _PARSERS["GLM-4.5"]), has_mtp=schema.has_mtp),
+            tensor_parallel=self.tensor_parallel,
+        )
+
+
+def _options(options: QuantizeOptions, choice: Choice) -> str:
+    """Return the options that decide what is written, as they are typed."""
+    typed = [f"--scheme {options.scheme}", f"--format {choice.format}", f"--arithmetic {choice.arithmetic}"]
+    if any(scheme.startswith("nvfp4") for scheme in choice.roles.values()):
+        typed.append(f"--scale-search {choice.search}")
+    if options.group_size is not None:
+        typed.append(f"--group-size {options.group_size}")
+    if options.preset is not None:
+        typed.append(f"--preset {options.preset}")
+    typed += [f"--ignore '{pattern}'" for pattern in choice.ignore]
+    if choice.mtp is not None:
+        typed.append(f"--mtp {choice.mtp}")
+    if choice.has_kv_scales:
+        typed.append(f"--kv-cache {options.kv_cache}")
+    return " ".join([*typed, *(["--stats STATS"] if options.stats else [])])
+
+
+def _weights(schema: ModelSchema, recipes: Mapping[str, Recipe]) -> list[Weights]:
+    """Return a line for each role and way of storing it, the MTP layer's apart."""
+    found: dict[tuple[str, str], list[int]] = {}
+    for tensor in schema.tensors.values():
+        recipe = recipes.get(tensor.name)
+        part = ", MTP layer" if tensor.layer is not None and tensor.layer == schema.mtp_layer else ""
+        role = f"{tensor.spec.role.value.replace('_', ' ')}{part}"
+        stored = recipe.label if recipe else "as in the source"
+        found.setdefault((role, stored), []).append(prod(tensor.shape))
+    return [Weights(role, len(sizes), sum(sizes), stored) for (role, stored), sizes in found.items()]
+
+
+def _serving(engines: Sequence[str], parser: str, *, has_mtp: bool) -> list[Serving]:
+    speculative = {
+        "vLLM": ' \\\n  --speculative-config \'{"method": "mtp", "num_speculative_tokens": 1}\'',
+        "SGLang": " \\\n  --speculative-algorithm EAGLE --speculative-num-steps 1 --speculative-eagle-topk 1 "
+        "--speculative-num-draft-tokens 2",
+        "TensorRT-LLM": "",
+    }
+    commands = {
+        "vLLM": f"vllm serve . --tensor-parallel-size N \\\n  --tool-call-parser {parser} --reasoning-parser {parser} "
+        "--enable-auto-tool-choice",
+        "SGLang": f"python3 -m sglang.launch_server --model-path . --tp-size N \\\n  --tool-call-parser {parser} "
+        f"--reasoning-parser {parser}",
+        "TensorRT-LLM": "trtllm-serve . --backend pytorch --tp_size N",
+    }
+    note = "Not run: the commands follow from the formats that the engine's loader reads."
+    return [
+        Serving(engine, command + (speculative[engine] if has_mtp else ""), note)
+        if engine in engines
+        else Serving(engine, "", "Its loader does not read this scheme in this format.")
+        for engine, command in commands.items()
+    ]

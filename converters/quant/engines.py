@@ -1,0 +1,81 @@
+"""Which engines load what a scheme writes in a format, and what they are known to do with it otherwise.
+
+Read in the sources of vLLM 0.33, SGLang 0.5.23, TensorRT-LLM of 2026 and tried with transformers 5.23.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from converters.quant.scheme import Format, MtpPolicy, Recipe
+from converters.schema import Role
+
+_VLLM, _SGLANG, _TRT, _HF = "vLLM", "SGLang", "TensorRT-LLM", "transformers"
+_MODELOPT_FIRST = "for TensorRT-LLM, write --format modelopt"
+
+
+@dataclass(frozen=True, slots=True)
+class Support:
+    """Engines that load a result; `note` says what others do with it, or what is to be known, as a sentence."""
+
+    engines: tuple[str, ...]
+    note: str = ""
+
+
+_CT, _MODELOPT = Format.COMPRESSED_TENSORS, Format.MODELOPT
+_SUPPORT: dict[tuple[Format, str], Support] = {
+    (_CT, "fp8"): Support((_VLLM, _SGLANG, _TRT, _HF)),
+    (_CT, "fp8-block"): Support((_VLLM, _SGLANG, _TRT), "transformers 5.23 does not load it; --format deepseek does."),
+    (_CT, "fp8-static"): Support((_VLLM, _SGLANG), f"{_MODELOPT_FIRST}."),
+    (_CT, "int8"): Support(
+        (_VLLM,),
+        "SGLang reads it on CUDA with --quantization w8a8_int8 only; TensorRT-LLM takes the codes for FP8, and "
+        "transformers 5.23 does not load it.",
+    ),
+    (_CT, "int8-weight-only"): Support((_VLLM, _SGLANG, _HF), "TensorRT-LLM does not read packed int8."),
+    (_CT, "nvfp4"): Support((_VLLM, _SGLANG), f"{_MODELOPT_FIRST}: it does not find these names."),
+    (_CT, "nvfp4-weight-only"): Support(
+        (_VLLM, _SGLANG),
+        "transformers 5.23 loads the experts and gives wrong values without a word; TensorRT-LLM does not read it.",
+    ),
+    (_MODELOPT, "fp8"): Support((_TRT,), "vLLM has no experts for FP8_PER_CHANNEL_PER_TOKEN; the default format has."),
+    (_MODELOPT, "fp8-block"): Support(
+        (), "No engine is known to load experts as FP8_PB_WO; the other formats of fp8-block are read by all."
+    ),
+    (_MODELOPT, "fp8-static"): Support((_VLLM, _SGLANG, _TRT)),
+    (_MODELOPT, "nvfp4"): Support((_VLLM, _SGLANG, _TRT)),
+    (_MODELOPT, "nvfp4-weight-only"): Support((_VLLM,)),
+    (Format.DEEPSEEK, "fp8-block"): Support((_VLLM, _SGLANG, _TRT, _HF)),
+}
+
+
+def engines_of(recipes: Sequence[Recipe]) -> tuple[str, ...]:
+    """Return the engines that load a result with these recipes."""
+    found = [_SUPPORT[recipe.format, recipe.scheme].engines for recipe in recipes]
+    # the decoder of TensorRT-LLM refuses several groups, and transformers was not tried with them
+    left = found[0] if len(found) == 1 else (_VLLM, _SGLANG)
+    return tuple(engine for engine in left if all(engine in engines for engines in found))
+
+
+def engine_notes(recipes: Sequence[Recipe], roles: Mapping[Role, str], mtp: MtpPolicy | None) -> list[str]:
+    """Return what engines are known to do otherwise than one may expect, a sentence each.
+
+    Args:
+        recipes: the different ones in use.
+        roles: the scheme of each role that is quantized.
+        mtp: what becomes of the MTP layer, if there is one.
+    """
+    notes = [
+        f"{recipe.scheme} as {recipe.format}: {note}"
+        for recipe in recipes
+        if (note := _SUPPORT[recipe.format, recipe.scheme].note)
+    ]
+    if len(recipes) > 1:
+        notes.append("TensorRT-LLM does not take several schemes in one GLM model.")
+    if roles.get(Role.EXPERT) != roles.get(Role.SHARED_EXPERT):
+        notes.append(
+            "Routed and shared experts are stored differently; SGLang wants --disable-shared-experts-fusion for that."
+        )
+    is_touched = mtp in (MtpPolicy.QUANTIZE, MtpPolicy.QUANTIZE_EXPERTS)
+    if is_touched and any(recipe.format is _MODELOPT and recipe.scheme == "nvfp4" for recipe in recipes):
+        notes.append("SGLang takes the MTP layer of ModelOpt's NVFP4 for unquantized and will not load this one.")
+    return notes
