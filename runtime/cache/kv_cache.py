@@ -52,6 +52,10 @@ class KVCache:
         self._values[layer, :, self.length : stop] = values_BTGP
         return self._keys[layer, :, :stop], self._values[layer, :, :stop]
 
+    def read(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return views (B, length, G, P) of a layer's counted keys and values."""
+        return self._keys[layer, :, : self.length], self._values[layer, :, : self.length]
+
     def advance(self, num_tokens: int) -> None:
         """Count the tokens that all layers have appended."""
         assert self.length + num_tokens <= self.shape.capacity_tokens, (self.length, num_tokens, self.shape)

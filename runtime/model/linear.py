@@ -4,6 +4,8 @@ Shapes: B T ... any leading dims, O out features, I in features. Parameters are 
 the checkpoint's tensors in their place.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -33,6 +35,8 @@ class Linear(nn.Module):
         self.weight = unfilled(out_features, in_features)
         self.bias = unfilled(out_features) if bias else None
         self.weight_scale: nn.Parameter | None = None
+        # what an engine does to the inputs of this layer at run time
+        self.quantize_input: Callable[[torch.Tensor], torch.Tensor] | None = None
 
     def add_weight_scale(self) -> None:
         """Make room for a scale (O, 1) fp32 per output row: the weight of this layer is quantized."""
@@ -47,6 +51,8 @@ class Linear(nn.Module):
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """Map (..., I) to (..., O) in the dtype of `hidden`."""
+        if self.quantize_input is not None:
+            hidden = self.quantize_input(hidden)
         return F.linear(hidden, self.dequantized(hidden.dtype), self.bias)
 
     def forward_fp32(self, hidden: torch.Tensor) -> torch.Tensor:

@@ -14,11 +14,13 @@ from torch import nn
 from converters.checkpoint.dtypes import BY_CONFIG_NAME
 from converters.checkpoint.plan import Unit
 from converters.errors import InputError
+from converters.formats.inputs import AS_SERVED
 from converters.formats.weights import Use
 from converters.official import OfficialTensors, read_bytes, read_unit, scale_name
 from converters.schema import MTP_COPIES, Role, Tensor
 from converters.source import Source, open_source
 from runtime.config import EngineConfig
+from runtime.model.activations import input_quantizers
 from runtime.model.decoder import CausalLM
 from runtime.model.linear import Linear
 from runtime.model.mtp import MtpLayer
@@ -90,6 +92,8 @@ class ModelLoader:
         self._tensors: dict[str, Tensor] = {}
         self._units: dict[str, Unit] = {}
         self._plan()
+        if engine.activations == AS_SERVED:
+            self._quantize_inputs(source)
         self.parameter_names = tuple(name for name, _ in self.model.named_parameters())
         assert set(self.parameter_names) == self._tensors.keys(), "a parameter or a tensor without its counterpart"
         self.notes = source.notes
@@ -101,7 +105,11 @@ class ModelLoader:
     @property
     def total_bytes(self) -> int:
         """What `fill` reads for all parameters."""
-        return sum(read_bytes(self.reader, unit) for unit in self._units.values())
+        return self.stored_bytes(self.parameter_names)
+
+    def stored_bytes(self, names: Iterable[str]) -> int:
+        """Return what `fill` reads for these parameters."""
+        return sum(read_bytes(self.reader, self._units[name]) for name in names if name in self._units)
 
     def fill(self, names: Iterable[str], advance: Callable[[int], None] | None = None) -> None:
         """Read these parameters from the checkpoint, in order.
@@ -153,6 +161,12 @@ class ModelLoader:
                 module.add_weight_scale()
             self._units |= units
             self._tensors |= dict.fromkeys((tensor.name, *units), tensor)
+
+    def _quantize_inputs(self, source: Source) -> None:
+        for name, quantizer in input_quantizers(source).items():
+            module = self._modules.get(name)
+            if isinstance(module, Linear):
+                module.quantize_input = quantizer
 
     def _left_out(self, tensor: Tensor) -> bool:
         """Whether no parameter takes this tensor by design: the MTP copies, and the MTP layer when not loaded."""

@@ -1,0 +1,1 @@
+"""Calibration: the model streamed over a text, one layer at a time, and what its linear layers saw."""

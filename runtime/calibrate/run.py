@@ -1,0 +1,213 @@
+"""Calibrate a checkpoint: embed all tokens, then one layer at a time, and keep what its linear modules saw."""
+
+import hashlib
+import json
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+import converters
+from converters.checkpoint.manifest import source_digest
+from converters.quant.choice import QuantizeOptions
+from converters.quant.rounded import RoundedWriter, recipe_json
+from converters.quant.scheme import Recipe
+from converters.quant.stats import CalibrationStats, LayerCoverage, coverage
+from converters.schema import Role
+from converters.source import Source, open_source
+from runtime.calibrate.hidden import token_matrix
+from runtime.calibrate.layers import Stream
+from runtime.calibrate.memory import MemoryPlan, plan_memory
+from runtime.calibrate.options import CalibrateOptions
+from runtime.calibrate.rounder import Rounder, rounding_recipes
+from runtime.calibrate.text import CalibrationText, read_texts
+from runtime.config import EngineConfig
+from runtime.model.loader import ModelLoader
+
+
+class Progress(Protocol):
+    """Who wants to know how far it is, in bytes of weights read."""
+
+    def advance(self, num_bytes: int) -> None:
+        """Count bytes as done."""
+
+    def describe(self, text: str) -> None:
+        """Take note of what is being worked on."""
+
+
+@dataclass(frozen=True, slots=True)
+class LayerDone:
+    """A layer that has passed: its index, how many there are, and how its experts fared, if it has any."""
+
+    layer: int
+    num_layers: int
+    coverage: LayerCoverage | None
+
+
+def calibrate(
+    folder: Path,
+    texts: Sequence[Path],
+    options: CalibrateOptions,
+    progress: Progress | None = None,
+    on_layer: Callable[[LayerDone], None] | None = None,
+) -> CalibrationStats:
+    """Return the statistics of a checkpoint over texts; see `CalibrationJob`."""
+    with planned(folder, texts, options) as job:
+        return job.run(progress, on_layer)
+
+
+@contextmanager
+def planned(
+    folder: Path, texts: Sequence[Path], options: CalibrateOptions, rounding: "Rounding | None" = None
+) -> Iterator["CalibrationJob"]:
+    """Open a checkpoint and plan its calibration; only headers and texts are read.
+
+    Raises:
+        InputError: the checkpoint cannot be loaded, or its tokenizer is not its own.
+        UsageError: texts or options that leave nothing to measure. ResourceError: too little memory.
+    """
+    with open_source(folder) as source:
+        yield CalibrationJob(source, read_texts(folder, texts, options), options, rounding)
+
+
+@dataclass(frozen=True, slots=True)
+class Rounding:
+    """Round weights on the way, by GPTQ, as a quantization with these options stores them, into a folder."""
+
+    options: QuantizeOptions
+    folder: Path
+
+
+class CalibrationJob:
+    """A planned calibration of an open checkpoint in any layout and format that the runtime loads.
+
+    Args:
+        source: open until the run is over.
+        text: what to run.
+        options: how.
+        rounding: also round weights; later layers, and the statistics, then see what the codes stand for.
+    Attributes:
+        memory: what it takes.
+        provenance: what decides the statistics.
+    Compute is fp32 whatever the checkpoint's dtype. The MTP layer is run as engines run it: on the final hidden state
+    of each token and the embedding of the next one.
+    """
+
+    def __init__(
+        self, source: Source, text: CalibrationText, options: CalibrateOptions, rounding: Rounding | None = None
+    ) -> None:
+        self.source, self.text, self.options, self.rounding = source, text, options, rounding
+        self.recipes = {} if rounding is None else rounding_recipes(source, rounding.options)
+        self.loader = ModelLoader(source, EngineConfig(dtype="float32", device=options.device))
+        self.memory: MemoryPlan = plan_memory(self.loader, text, options, self.recipes)
+        self.provenance: dict[str, Any] = {
+            "source_digest": source_digest(source.reader, source.raw_config),
+            "texts": list(text.texts),
+            "num_tokens": text.num_tokens,
+            "num_windows": len(text.windows),
+            "context_length": options.context_length,
+            "seed": options.seed,
+            "min_expert_tokens": options.min_expert_tokens,
+            "dtype": "float32",
+            "device": options.device,
+            "version": converters.__version__,
+            **({"gptq": _recipes_digest(self.recipes)} if rounding is not None else {}),
+        }
+
+    @property
+    def read_bytes(self) -> int:
+        """Bytes of weights that a run reads; rows of the embedding are not counted."""
+        layers = range(len(self.loader.model.model.layers))
+        return sum(self.loader.stored_bytes(self.loader.layer_names(layer)) for layer in layers)
+
+    @torch.inference_mode()
+    def run(
+        self, progress: Progress | None = None, on_layer: Callable[[LayerDone], None] | None = None
+    ) -> CalibrationStats:
+        """Stream the model over the text and return what was measured.
+
+        Raises:
+            InputError: a weight that cannot be decoded, or values that are not finite.
+            ResourceError: no room for the scratch file.
+        """
+        if self.rounding is None:
+            return self._stream(self._start(progress, None), progress, on_layer)
+        writer = RoundedWriter(self.rounding.folder)
+        rounder = Rounder(self.loader, self.source, self.recipes, writer)
+        with writer:
+            stats = self._stream(self._start(progress, rounder), progress, on_layer)
+            writer.finish(self.provenance, self.recipes, rounder.errors)
+        return stats
+
+    def _stream(
+        self, stream: Stream, progress: Progress | None, on_layer: Callable[[LayerDone], None] | None
+    ) -> CalibrationStats:
+        layers, mtp = self.loader.model.decoder_layers, self.loader.mtp
+        steps = [*enumerate(layers), *([(len(layers), mtp)] if mtp is not None else [])]
+        for layer, module in steps:
+            if progress is not None:
+                progress.describe(f"layer {layer + 1}/{len(steps)}")
+            if module is mtp:
+                self._prepare_mtp(stream)
+            stream.run(layer, module)
+            if on_layer is not None:
+                on_layer(LayerDone(layer, len(steps), _coverage(stream, layer)))
+        return stream.record.stats(self.provenance)
+
+    def _start(self, progress: Progress | None, rounder: Rounder | None) -> Stream:
+        sizes = self.text.num_tokens, self.source.config.hidden_size
+        scratch = (self.options.scratch or Path(tempfile.gettempdir())) if self.memory.hidden_on_disk else None
+        stream = Stream(
+            loader=self.loader,
+            bounds=self.text.bounds,
+            hidden_TD=token_matrix(*sizes, scratch),
+            added_TD=token_matrix(*sizes, scratch),
+            min_expert_tokens=self.options.min_expert_tokens,
+            advance=progress.advance if progress is not None else lambda _: None,
+            rounder=rounder,
+        )
+        self._embed(self._token_ids(), stream.hidden_TD)
+        return stream
+
+    def _token_ids(self) -> torch.Tensor:
+        return torch.tensor([token for window in self.text.windows for token in window])
+
+    def _embed(self, ids_T: torch.Tensor, out_TD: torch.Tensor) -> None:
+        """Write the embeddings of ids (T,) into (T, D) fp32, each row of the table read once."""
+        tensor = next(tensor for tensor in self.source.schema.tensors.values() if tensor.spec.role is Role.EMBEDDING)
+        (place,) = self.source.stored_layout.places(tensor)
+        for token in ids_T.unique().tolist():
+            row_1D = self.source.reader.read_rows(place.stored.name, place.row + token, place.row + token + 1)
+            out_TD[ids_T == token] = row_1D.to(torch.float32)
+
+    def _prepare_mtp(self, stream: Stream) -> None:
+        """Set a stream up for the MTP layer: final norm, embeddings of the next tokens, and no last token."""
+        names = [
+            tensor.name
+            for tensor in self.source.schema.tensors.values()
+            if tensor.spec.role is Role.NORM and tensor.layer is None
+        ]
+        self.loader.fill(names)
+        for begin, end in stream.bounds:
+            rows_RD = stream.hidden_TD[begin:end].to(self.options.device)
+            stream.hidden_TD[begin:end] = self.loader.model.model.norm(rows_RD).cpu()
+        self.loader.release(names)
+        # the last token of a window gets another window's; it is not run
+        self._embed(self._token_ids().roll(-1), stream.added_TD)
+        stream.bounds = [(begin, end - 1) for begin, end in stream.bounds]
+
+
+def _recipes_digest(recipes: Mapping[str, Recipe]) -> str:
+    """Return sha256 over how each weight is stored."""
+    value = {name: recipe_json(recipe) for name, recipe in recipes.items()}
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def _coverage(stream: Stream, layer: int) -> LayerCoverage | None:
+    modules = {tensor.module for tensor in stream.loader.schema.tensors.values() if tensor.layer == layer}
+    tokens = {name: count for name, count in stream.record.tokens.items() if name in modules}
+    return next(iter(coverage(tokens, stream.record.filled)), None)
