@@ -16,6 +16,8 @@ from converters.compare_files import compare_files
 from converters.compare_side import Held, Side
 from converters.config import CONFIG_FILE, Glm4MoeConfig
 from converters.findings import Finding, fail, warn
+from converters.inspect.quantized import FORMAT_CHECKS
+from converters.inspect.report import inspect_folder
 from converters.schema import DtypePolicy, Tensor
 from converters.source import LAYOUT_KEY
 
@@ -23,6 +25,8 @@ from converters.source import LAYOUT_KEY
 ALLOWED_CONFIG_KEYS = frozenset({"quantization_config", "torch_dtype", "dtype", "transformers_version", LAYOUT_KEY})
 # read through Glm4MoeConfig, which knows that both spellings of a field mean the same
 _RESPELLED_KEYS = frozenset({"rope_parameters", "rope_scaling", "num_mtp_layers"})
+# how the names of formats begin, finest first
+_BY_COARSENESS = ("int8", "fp8", "nvfp4", "int4")
 
 
 class Outcome(StrEnum):
@@ -45,6 +49,8 @@ class StructureReport:
         outcomes: number of source tensors (scales not counted) per outcome; they add up to all of them.
         mtp: `present`, `dropped` or `absent` (the source has none).
         config_changes: (key, source value, candidate value) of the keys that a conversion may change.
+        schemes: what the candidate's codes are that the source's weights became, each once.
+        quantizes_inputs: engines that follow the candidate's config quantize activations too.
     """
 
     source: str
@@ -53,15 +59,19 @@ class StructureReport:
     outcomes: dict[Outcome, int]
     mtp: str
     config_changes: tuple[tuple[str, Any, Any], ...]
+    schemes: tuple[str, ...] = ()
+    quantizes_inputs: bool = True
 
     @property
     def scheme(self) -> str:
         """Return which conversion this is, a key of the limits of the levels above.
 
-        `fp8` stands for every quantized format: others are held to its bounds. Another layout is an identity.
+        Of several formats the coarsest counts. Another layout is an identity.
         """
         if self.outcomes.get(Outcome.QUANTIZED):
-            return "fp8"
+            kinds = [kind for kind in _BY_COARSENESS if any(name.startswith(kind) for name in self.schemes)]
+            kind = kinds[-1] if kinds else "fp8"
+            return kind if self.quantizes_inputs or kind == "fp8" else f"{kind}-weight-only"
         if self.outcomes.get(Outcome.DEQUANTIZED):
             return "dequantized"
         return "cast" if self.outcomes.get(Outcome.CAST) else "identity"
@@ -75,13 +85,15 @@ def compare_structure(source: Path, candidate: Path) -> StructureReport:
     """
     reference, converted = Side.open("source", source), Side.open("candidate", candidate)
     outcomes: Counter[Outcome] = Counter()
+    schemes: dict[str, None] = {}
     findings = [
         *reference.findings(),
         *converted.findings(),
-        *_pair_findings(reference, converted, outcomes),
+        *_pair_findings(reference, converted, outcomes, schemes),
         *_mtp_findings(reference, converted),
         *_config_findings(reference, converted),
-        *compare_files(source, candidate, is_dequantized=bool(reference.declared and not converted.declared)),
+        *(_format_findings(candidate) if converted.declared else ()),
+        *compare_files(source, candidate, is_dequantized=reference.is_modelopt and not converted.is_modelopt),
     ]
     return StructureReport(
         source=str(source),
@@ -94,10 +106,14 @@ def compare_structure(source: Path, candidate: Path) -> StructureReport:
             for key in sorted(ALLOWED_CONFIG_KEYS)
             if reference.raw_config.get(key) != converted.raw_config.get(key)
         ),
+        schemes=tuple(schemes),
+        quantizes_inputs=converted.declared is None or converted.declared.quantizes_inputs,
     )
 
 
-def _pair_findings(reference: Side, converted: Side, outcomes: Counter[Outcome]) -> Iterator[Finding]:
+def _pair_findings(
+    reference: Side, converted: Side, outcomes: Counter[Outcome], schemes: dict[str, None]
+) -> Iterator[Finding]:
     """Account for every official tensor of the source, and for what the candidate has beyond them."""
     found: dict[Finding, None] = {}
     for tensor in reference.schema.tensors.values():
@@ -106,6 +122,8 @@ def _pair_findings(reference: Side, converted: Side, outcomes: Counter[Outcome])
             continue
         if after is not None:
             outcome = _outcome(before, after)
+            if outcome is Outcome.QUANTIZED and after.scheme is not None:
+                schemes[after.scheme] = None
             # one stored tensor may hold many official ones, and is named once
             found |= dict.fromkeys(_dtype_findings(tensor, outcome, (before, after), (reference, converted)))
         elif tensor.layer == reference.schema.mtp_layer is not None and not converted.schema.has_mtp:
@@ -153,9 +171,18 @@ def _dtype_findings(
 
 def _cache_scale_findings(reference: Side, converted: Side) -> Iterator[Finding]:
     """Check that a candidate that is still quantized has the scales of the KV cache, where it has the weights."""
+    # the dialects hang them on different modules
+    owners = set(converted.cache_scales.values())
     for name, owner in reference.cache_scales.items():
-        if converted.declared and owner in converted.schema.tensors and name not in converted.cache_scales:
+        if converted.declared and owner in converted.schema.tensors and owner not in owners:
             yield fail(converted.subject(name), "as in the source", "nothing")
+
+
+def _format_findings(candidate: Path) -> Iterator[Finding]:
+    """Yield what engines would stumble over in a quantized candidate; what it shares with its own source too."""
+    for found in inspect_folder(candidate, "").findings:
+        if found.check in FORMAT_CHECKS:
+            yield Finding(found.check.severity, f"candidate: {found.subject}", found.expected, found.found)
 
 
 def _mtp_state(reference: Side, converted: Side) -> str:

@@ -11,6 +11,7 @@ from converters.checkpoint.index import scan_checkpoint
 from converters.config import CONFIG_FILE, Glm4MoeConfig, read_json
 from converters.errors import InputError
 from converters.findings import Finding, fail, warn
+from converters.formats import modelopt
 from converters.layout import Place, Stored, StoredLayout, is_cache_scale, most_common_layout, parse_known
 from converters.result_config import layout_block
 from converters.schema import ModelSchema, Role, Tensor, schema_for_parsed
@@ -95,6 +96,11 @@ class Side:
         except InputError:
             reason = "a tensor its config does not ask for" if is_known else "a name that is not in the table"
             self.foreign[entry.name] = reason
+
+    @property
+    def is_modelopt(self) -> bool:
+        """Whether its quantization is described in ModelOpt's words."""
+        return self.declared is not None and self.declared.method.startswith(modelopt.QUANT_METHOD)
 
     @property
     def schema(self) -> ModelSchema:

@@ -187,6 +187,35 @@ IGNORE_INCOMPLETE = Check(
     "The module is stored plain, but an engine that goes by the list alone builds it quantized.",
     "Add the module to quantization_config.ignore.",
 )
+WEIGHT_TWICE = Check(
+    406,
+    _FAIL,
+    "plain weight beside its codes",
+    "Which of the two is loaded depends on the engine; most refuse.",
+    "Remove the one that config.json does not declare, or quantize the original again.",
+)
+MTP_CACHE_SCALE = Check(
+    407,
+    _WARN,
+    "KV-cache scale in the MTP layer",
+    "vLLM's loader of the MTP layer knows no such tensor and stops.",
+    "Leave it out: the MTP layer's cache is not scaled.",
+)
+HALF_QUANTIZED = Check(
+    408,
+    _WARN,
+    "a fused group half quantized",
+    "Engines build q, k and v, gate and up, and all experts of a layer as one module with one format, and refuse this.",
+    "Quantize the original again, with all or nothing of the group.",
+)
+ENGINE_READS = Check(
+    409,
+    _WARN,
+    "an engine reads the ignore list otherwise",
+    "It would build the module in another form than it is stored in, and refuse it or load wrong values.",
+    "Add the module in the words of that engine: exact names and re: patterns for vLLM and SGLang, globs for "
+    "TensorRT-LLM; `glm4moe quantize` writes all of them.",
+)
 
 NON_FINITE = Check(501, _FAIL, "NaN or Inf", "One such value makes every output NaN.", _FETCH)
 ALL_ZERO = Check(502, _FAIL, "all zero", "A weight of zeros only is a file that was never filled.", _FETCH)
@@ -225,6 +254,13 @@ FUSED_SCALES_REQUANTIZED = Check(
     "unequal per-tensor scales in a fused group",
     "Engines round these weights a second time, to the largest scale of the group.",
     "Quantize the original again with one scale per group.",
+)
+GLOBAL_IS_ONE = Check(
+    510,
+    _WARN,
+    "NVFP4 global scale never computed",
+    "A scale of exactly 1 is what writers leave where no calibration ran; activations lose precision, weights clip.",
+    "Calibrate and quantize the original again.",
 )
 UNREADABLE = Check(
     509, _FAIL, "unreadable", "The disk or network file system does not return the data.", f"Check the disk. {_FETCH}"

@@ -75,7 +75,9 @@ def _check_sameness(content: TensorContent, subject: str, role: Role) -> Iterato
 def _fused_key(tensor: LogicalTensor) -> tuple[object, ...] | None:
     """Return what the members of a fused group of one layer have in common; None unless this is one scale for all."""
     parsed = tensor.parsed
-    if parsed is None or parsed.companion not in SCALES or parsed.spec.fuse is None or any(n > 1 for n in tensor.shape):
+    # (1, 1) is a grid of blocks that happens to have one
+    is_single = len(tensor.shape) < 2 and all(n == 1 for n in tensor.shape)
+    if parsed is None or parsed.companion not in SCALES or parsed.spec.fuse is None or not is_single:
         return None
     return parsed.layer, parsed.expert, parsed.spec.role, parsed.spec.fuse.group, parsed.companion
 

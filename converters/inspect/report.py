@@ -11,6 +11,7 @@ from converters.inspect.catalog import CheckFinding
 from converters.inspect.logical import LogicalView, logical_view
 from converters.inspect.parallel import ParallelReport, parallel_report
 from converters.inspect.quantization import Quantization, describe, read_declaration
+from converters.inspect.quantized import quantized_findings
 from converters.inspect.structure import Structure, compare_with_config
 from converters.inspect.survey import Survey, survey
 from converters.inspect.totals import DtypeRow, Totals, census, count
@@ -125,7 +126,8 @@ def inspect_folder(folder: Path, label: str) -> InspectReport:
         totals=count(structure, view, rows, declared),
         parallel=parallel_report(found.config, quantization.group_size, is_quantized=quantization.modules > 0),
     )
-    findings = _ordered([*found.findings, *structure.findings])
+    quantized = quantized_findings(structure.layout, structure.modules, declared)
+    findings = _ordered([*found.findings, *structure.findings, *quantized])
     return InspectReport(label, found, view, model, structure, rows, findings)
 
 
@@ -164,13 +166,14 @@ def scan_content(
     """
     from converters.inspect.checks import check_values
     from converters.inspect.content import ContentScan, content_digest
+    from converters.inspect.quantized import check_globals
 
     entries: Mapping[str, Any] = report.survey.entries
     index = CheckpointIndex(report.survey.folder, dict(entries), tuple(report.survey.file_bytes))
     with CheckpointReader(index) as reader:
         contents = list(ContentScan(reader, want_hash, want_values, on_bytes).run(report.view.tensors.values()))
     is_whole = not (report.survey.unreadable or report.view.misfits or any(content.error for content in contents))
-    values = list(check_values(contents)) if want_values else []
+    values = [*check_values(contents), *check_globals(contents)] if want_values else []
     return InspectReport(
         report.label,
         report.survey,

@@ -95,7 +95,7 @@ ARITHMETICS_BY_FORMAT: dict[Format, tuple[Arithmetic, ...]] = {
     Format.MODELOPT: (Arithmetic.MODELOPT,),
     Format.DEEPSEEK: (Arithmetic.FLOAT32,),
 }
-DEFAULT_SEARCH = ScaleSearch.NONE
+DEFAULT_SEARCH = ScaleSearch.MSE
 
 # what the command line calls the roles that can be quantized
 ROLES = {

@@ -1,36 +1,43 @@
 """`glm4moe verify`: compare a checkpoint with the one it was made from."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import click
-from click.core import ParameterSource
 
 from converters.compare import compare_structure
-from converters.errors import UsageError
-from glm4moe_cli._options import checkpoint_argument, device_option, output_options
+from converters.formats.inputs import ACTIVATIONS, FULL
+from glm4moe_cli._options import (
+    PathName,
+    checkpoint_argument,
+    device_option,
+    max_memory_option,
+    output_options,
+    workers_option,
+)
 from glm4moe_cli._output import Output
-from glm4moe_cli.commands._verification import compare_on_text, raise_failure, show
-from runtime.verify.report import Verdict, build_report
+from glm4moe_cli.commands._levels import (
+    BYTES,
+    LEVELS,
+    LOGITS,
+    STRUCTURE,
+    WEIGHTS,
+    Resources,
+    check_bytes,
+    check_options,
+    check_weights,
+    chosen_levels,
+)
+from glm4moe_cli.commands._verification import compare_on_text, is_sound, plan_text_run, raise_failure, show
+from runtime.verify.report import Levels, build_report
 from runtime.verify.windows import DEFAULT_CONTEXT_LENGTH
 
 EXAMPLE = """\b
 Example:
+  glm4moe verify GLM-4.5-Air-NVFP4 --against GLM-4.5-Air --report GLM-4.5-Air-NVFP4.json
   glm4moe verify GLM-4.5-Air-FP8 --against GLM-4.5-Air --text sample.txt
 """
-LEVELS = ("structure", "logits", "all")
-# options of the logits level, by parameter name
-_LOGITS_ONLY = (
-    "text",
-    "num_tokens",
-    "context_length",
-    "stride",
-    "seed",
-    "max_kl",
-    "min_top1",
-    "max_ppl_ratio",
-    "device",
-)
 _share = click.FloatRange(0.0, 1.0)
 _positive = click.FloatRange(0.0, min_open=True)
 
@@ -40,7 +47,7 @@ _positive = click.FloatRange(0.0, min_open=True)
 @click.option(
     "--against",
     "source",
-    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    type=PathName(exists=True, file_okay=False),
     required=True,
     metavar="SRC",
     help="The checkpoint that CKPT was made from.",
@@ -48,12 +55,13 @@ _positive = click.FloatRange(0.0, min_open=True)
 @click.option(
     "--level",
     type=click.Choice(LEVELS),
-    show_default="all with --text, else structure",
-    help="structure: names, shapes, dtypes, config and files, from headers alone. logits: both models run.",
+    show_default="all with --text, else up to weights",
+    help="structure: names, shapes, dtypes, config and files, from headers alone. bytes: digests of CKPT's files. "
+    "weights: every element within half a step of its source, or equal. logits: both models run.",
 )
 @click.option(
     "--text",
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    type=PathName(exists=True, dir_okay=False),
     metavar="FILE",
     help="UTF-8 text to run both models on.",
 )
@@ -88,6 +96,14 @@ _positive = click.FloatRange(0.0, min_open=True)
     help="Of the bootstrap's draws.",
 )
 @click.option(
+    "--activations",
+    type=click.Choice(ACTIVATIONS),
+    default=FULL,
+    show_default=True,
+    help="full: as they are, so that weights alone are compared. as-served: rounded before each quantized layer, as "
+    "its config has engines do it.",
+)
+@click.option(
     "--max-kl",
     type=click.FloatRange(0.0),
     metavar="NATS",
@@ -108,43 +124,50 @@ _positive = click.FloatRange(0.0, min_open=True)
     show_default="by kind of conversion",
     help="Fail above this perplexity, relative to the source's.",
 )
+@click.option(
+    "--report",
+    type=PathName(),
+    metavar="FILE|DIR",
+    help="Write what the weights level found of every tensor, as JSON; a folder gets weights.json.",
+)
 @click.option("--strict", is_flag=True, help="Let warnings fail too.")
 @device_option
+@workers_option
+@max_memory_option
 @output_options
 def command(output: Output, checkpoint: Path, source: Path, level: str | None, strict: bool, **options: Any) -> None:
     """Prove that CKPT is as good as SRC, the checkpoint it was made from.
 
     Exit code 0: it passed, maybe with warnings; 3: it did not.
     """
-    level = level or ("all" if options["text"] else "structure")
-    _check_options(click.get_current_context(), level)
+    chosen = chosen_levels(level, has_text=options["text"] is not None)
+    check_options(click.get_current_context(), chosen)
+    folders = source, checkpoint
     structure = compare_structure(source, checkpoint)
-    report = build_report((source, checkpoint), structure.scheme, structure=None if level == "logits" else structure)
-    if level == "all" and report.verdict is Verdict.FAIL:
-        output.warning("The structure is wrong; logits were not compared.")
-    elif level != "structure":
-        report = compare_on_text(output, report, structure.scheme, options)
+    levels = Levels(structure=structure if STRUCTURE in chosen else None)
+    further = tuple(name for name in chosen if name != STRUCTURE)
+    needs_structure = STRUCTURE in chosen or WEIGHTS in chosen
+    if further and needs_structure and not is_sound(folders, structure):
+        levels = Levels(structure=structure)
+        output.warning(f"The structure is wrong; {', '.join(further)} were not compared.")
+        further = ()
+    planned = plan_text_run(folders, structure.scheme, options) if LOGITS in further else None
+    resources = Resources(options["workers"], options["max_memory"])
+    if BYTES in further:
+        levels = replace(levels, contents=check_bytes(output, checkpoint, resources, is_asked_for=level == BYTES))
+    if WEIGHTS in further:
+        levels = replace(levels, weights=check_weights(output, folders, resources))
+    if planned is not None:
+        levels = replace(levels, logits=compare_on_text(output, folders, planned))
+    report = build_report(folders, structure.scheme, levels, planned.limits if planned else None)
     show(output, report)
+    if options["report"] is not None and levels.weights is not None:
+        output.hint(f"Report: {_write(options['report'], levels, folders)}")
     raise_failure(report, strict=strict)
 
 
-def _check_options(ctx: click.Context, level: str) -> None:
-    """Refuse options that the level would silently ignore, and a logits level without a text."""
-    if level != "structure":
-        if ctx.params["text"] is None:
-            raise UsageError(
-                f"--level {level}",
-                expected="--text FILE to run both models on",
-                found="none",
-                next_step="A UTF-8 text of a few thousand words of the kind the model will see is best.",
-            )
-        return
-    for parameter in ctx.command.params:
-        given = ctx.get_parameter_source(str(parameter.name)) is not ParameterSource.DEFAULT
-        if parameter.name in _LOGITS_ONLY and given:
-            raise UsageError(
-                parameter.opts[0],
-                expected="--level logits or all",
-                found="--level structure",
-                next_step="The structure level reads headers and config alone.",
-            )
+def _write(path: Path, levels: Levels, folders: tuple[Path, Path]) -> Path:
+    from converters.quant.report import write_report
+
+    assert levels.weights is not None
+    return write_report(path, levels.weights, {"source": str(folders[0]), "candidate": str(folders[1])})

@@ -7,13 +7,14 @@ _LOGIT_ROWS positions of each model, whatever the length of the text.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 
 from converters.config import CONFIG_FILE, Glm4MoeConfig
 from converters.errors import InputError, UsageError
+from converters.formats.inputs import FULL
 from runtime.config import EngineConfig
 from runtime.engine.tokenizer import TOKENIZER_FILE, Tokenizer
 from runtime.model.decoder import CausalLM
@@ -32,7 +33,11 @@ _COMMON_FIELDS = ("vocab_size", "num_hidden_layers", "first_k_dense_replace", "n
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LogitsOptions:
-    """How to compare. `dtype` is that of compute; fp32 keeps the runtime's own rounding out of the result."""
+    """How to compare.
+
+    `dtype` is that of compute; fp32 keeps the runtime's own rounding out of the result. `activations` are those of
+    `EngineConfig`: full, so that weights alone are compared, or as served.
+    """
 
     context_length: int = DEFAULT_CONTEXT_LENGTH
     stride: int | None = None
@@ -40,6 +45,7 @@ class LogitsOptions:
     seed: int = 0
     device: str = "cpu"
     dtype: str = "float32"
+    activations: str = FULL
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +68,10 @@ class NonFinite:
 
 @dataclass(frozen=True, slots=True)
 class LogitsComparison:
-    """What two models' logits have in common; `summary` is None where no position is finite on both sides."""
+    """What two models' logits have in common.
+
+    `summary` is None where no position is finite on both sides; `notes` say what was accepted although it is unusual.
+    """
 
     protocol: str
     dtype: str
@@ -71,6 +80,8 @@ class LogitsComparison:
     summary: LogitSummary | None
     routing: tuple[LayerRouting, ...]
     non_finite: tuple[NonFinite, ...]
+    notes: tuple[str, ...] = ()
+    activations: str = FULL
 
 
 def encode_text(source: Path, text: str, options: LogitsOptions) -> EncodedText:
@@ -118,10 +129,12 @@ def compare_logits(
                 found=str(getattr(theirs, name)),
                 next_step="See --level structure for all differences.",
             )
-    engine = EngineConfig(dtype=options.dtype, device=options.device)
-    reference = load_model(source, engine, with_mtp=False).model
-    converted = load_model(candidate, engine, with_mtp=False).model
-    return compare_models(reference, converted, text, options, on_window)
+    engine = EngineConfig(dtype=options.dtype, device=options.device, activations=options.activations)
+    reference = load_model(source, engine, with_mtp=False)
+    converted = load_model(candidate, engine, with_mtp=False)
+    found = compare_models(reference.model, converted.model, text, options, on_window)
+    notes = [f"reference: {note}" for note in reference.notes] + [f"candidate: {note}" for note in converted.notes]
+    return replace(found, notes=tuple(notes))
 
 
 @torch.inference_mode()
@@ -150,6 +163,7 @@ def compare_models(
             *_non_finite("reference", scores.finite_reference, windows_T, tokens_T),
             *_non_finite("candidate", scores.finite_candidate, windows_T, tokens_T),
         ),
+        activations=options.activations,
     )
 
 

@@ -7,9 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from converters.compare import Outcome, StructureReport
+from converters.findings import Finding
+from converters.formats.inputs import FULL
 from runtime.verify.limits import Bound, Limits
 
 if TYPE_CHECKING:
+    from converters.contents import ContentsReport
+    from converters.quant.certificate import Certificate
     from runtime.verify.compare import LogitsComparison
     from runtime.verify.summary import LogitSummary
 
@@ -66,6 +70,16 @@ class Check:
 
 
 @dataclass(frozen=True, slots=True)
+class Levels:
+    """The results of the levels; None for one that was not run."""
+
+    structure: StructureReport | None = None
+    contents: "ContentsReport | None" = None
+    weights: "Certificate | None" = None
+    logits: "LogitsComparison | None" = None
+
+
+@dataclass(frozen=True, slots=True)
 class VerifyReport:
     """A verification: what was compared, what came out, and what was not looked at."""
 
@@ -76,9 +90,28 @@ class VerifyReport:
     reasons: tuple[str, ...]
     checks: tuple[Check, ...]
     limits: Limits | None
-    structure: StructureReport | None
-    logits: "LogitsComparison | None"
+    levels: Levels
     not_checked: tuple[str, ...]
+
+    @property
+    def structure(self) -> StructureReport | None:
+        """What the headers say."""
+        return self.levels.structure
+
+    @property
+    def logits(self) -> "LogitsComparison | None":
+        """What the models say."""
+        return self.levels.logits
+
+    @property
+    def findings(self) -> tuple[Finding, ...]:
+        """Findings of all levels, in their order."""
+        contents, weights = self.levels.contents, self.levels.weights
+        return (
+            *(self.structure.findings if self.structure else ()),
+            *(contents.findings if contents else ()),
+            *(weights.findings if weights else ()),
+        )
 
     @property
     def headline(self) -> str:
@@ -88,6 +121,8 @@ class VerifyReport:
             parts.append(f"and {len(self.reasons) - len(parts)} more")
         if self.structure is not None:
             parts.append(_structure_words(self.structure))
+        if self.levels.weights is not None:
+            parts.append(_weights_words(self.levels.weights))
         if self.logits is not None and self.logits.summary is not None:
             parts.append(_logits_words(self.logits.summary))
         return f"{self.verdict.upper()}: {self.scheme}: {'; '.join(parts)}; not checked: {', '.join(self.not_checked)}"
@@ -107,15 +142,15 @@ class VerifyReport:
             "logits",
             "not_checked",
         )
-        return {name: getattr(self, name) for name in names}
+        weights = self.levels.weights
+        found: dict[str, Any] = {name: getattr(self, name) for name in names}
+        return {**found, "bytes": self.levels.contents, "weights": weights and _weights_json(weights)}
 
 
 def build_report(
     folders: tuple[Path, Path],
     scheme: str,
-    *,
-    structure: StructureReport | None = None,
-    logits: "LogitsComparison | None" = None,
+    levels: Levels,
     limits: Limits | None = None,
 ) -> VerifyReport:
     """Judge the levels that were run.
@@ -123,15 +158,14 @@ def build_report(
     Args:
         folders: source and candidate.
         scheme: kind of conversion, a key of PROFILES.
-        structure: result of that level, if run.
-        logits: result of that level, if run; needs limits.
-        limits: what the logits are held against.
+        levels: their results.
+        limits: what the logits are held against, if they were compared.
     """
-    checks: list[Check] = []
+    checks = list(_finding_checks(levels))
     reasons: list[tuple[Verdict, str]] = []
-    if structure is not None:
-        checks.append(_structure_check(structure))
-        reasons += [(Verdict(finding.severity), str(finding)) for finding in structure.findings]
+    for level in (levels.structure, levels.contents, levels.weights):
+        reasons += [(Verdict(finding.severity), str(finding)) for finding in (level.findings if level else ())]
+    logits = levels.logits
     if logits is not None:
         assert limits is not None, scheme
         logit_checks = list(_logit_checks(logits, limits))
@@ -150,15 +184,17 @@ def build_report(
         reasons=tuple(text for _, text in sorted(reasons, key=lambda reason: reason[0])),
         checks=tuple(checks),
         limits=limits,
-        structure=structure,
-        logits=logits,
-        not_checked=tuple(_not_checked(scheme, structure, logits)),
+        levels=levels,
+        not_checked=tuple(_not_checked(scheme, levels)),
     )
 
 
-def _structure_check(structure: StructureReport) -> Check:
-    verdict = worst([Verdict(finding.severity) for finding in structure.findings])
-    return Check("structure", len(structure.findings), "findings", verdict)
+def _finding_checks(levels: Levels) -> Iterator[Check]:
+    """Yield a check for each level that gives findings."""
+    for name, level in (("structure", levels.structure), ("bytes", levels.contents), ("weights", levels.weights)):
+        if level is not None:
+            verdict = worst([Verdict(finding.severity) for finding in level.findings])
+            yield Check(name, len(level.findings), "findings", verdict)
 
 
 def _logit_checks(logits: "LogitsComparison", limits: Limits) -> Iterator[Check]:
@@ -184,13 +220,20 @@ def _judge(metric: str, value: float, unit: str, se: float | None, bound: Bound,
     return Check(metric, value, unit, verdict, se, bound, at_least)
 
 
-def _not_checked(scheme: str, structure: StructureReport | None, logits: "LogitsComparison | None") -> Iterator[str]:
-    if structure is None:
+# of these, engines quantize the activations as well
+_QUANTIZED_INPUTS = frozenset({"fp8", "int8", "nvfp4", "int4"})
+
+
+def _not_checked(scheme: str, levels: Levels) -> Iterator[str]:
+    if levels.structure is None:
         yield "structure"
-    yield "weights element by element"
-    if logits is None:
+    if levels.contents is None or not levels.contents.record:
+        yield "bytes of the files"
+    if levels.weights is None:
+        yield "weights element by element"
+    if levels.logits is None:
         yield "logits"
-    elif scheme == "fp8":
+    elif scheme in _QUANTIZED_INPUTS and levels.logits.activations == FULL:
         yield "activations quantized at run time"
     yield "outputs of the MTP layer"
     yield "generated text"
@@ -199,6 +242,19 @@ def _not_checked(scheme: str, structure: StructureReport | None, logits: "Logits
 def _structure_words(structure: StructureReport) -> str:
     counts = [f"{structure.outcomes[outcome]} {outcome}" for outcome in Outcome if structure.outcomes.get(outcome)]
     return f"{sum(structure.outcomes.values())} source tensors: {', '.join(counts)}; MTP layer {structure.mtp}"
+
+
+def _weights_words(weights: "Certificate") -> str:
+    rounded = [summary for summary in weights.summaries if summary.largest_relative_error]
+    worst_error = max((summary.largest_relative_error for summary in rounded), default=0.0)
+    words = f"{len(weights.tensors)} tensors compared element by element"
+    return f"{words}, relative error at most {worst_error:.3g}" if rounded else words
+
+
+def _weights_json(weights: "Certificate") -> dict[str, Any]:
+    from converters.quant.report import certificate_json
+
+    return certificate_json(weights, {})
 
 
 def _logits_words(summary: "LogitSummary") -> str:

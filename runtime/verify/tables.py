@@ -6,19 +6,51 @@ from typing import TYPE_CHECKING
 from runtime.verify.report import Check, VerifyReport
 
 if TYPE_CHECKING:
+    from converters.quant.certificate import Certificate
     from runtime.verify.routing import LayerRouting
     from runtime.verify.summary import Estimate, LogitSummary
 
 METRIC_COLUMNS = ("metric", "reference", "candidate", "value", "threshold", "verdict")
 FINDING_COLUMNS = ("severity", "subject", "expected", "found")
+SCHEME_COLUMNS = ("stored as", "must be", "tensors", "mean relative error", "largest", "clipped")
+WORST_COLUMNS = ("tensor", "stored as", "relative error", "SQNR dB", "slope", "clipped")
 ROUTING_COLUMNS = ("layer", "tokens", "expert overlap", "tokens with another expert set")
 Row = tuple[str, ...]
 
 
 def finding_rows(report: VerifyReport) -> list[Row]:
-    """Return the findings of the structure level, failures first."""
-    findings = () if report.structure is None else report.structure.findings
-    return [(finding.severity, finding.subject, finding.expected, finding.found) for finding in findings]
+    """Return the findings of all levels, level by level, failures first."""
+    return [(finding.severity, finding.subject, finding.expected, finding.found) for finding in report.findings]
+
+
+def scheme_rows(weights: "Certificate") -> list[Row]:
+    """Return one row for all tensors that are stored alike."""
+    return [
+        (
+            summary.scheme,
+            summary.relation,
+            str(summary.tensors),
+            f"{summary.mean_relative_error:.4g}",
+            f"{summary.largest_relative_error:.4g}",
+            f"{summary.clipped:.3%}",
+        )
+        for summary in weights.summaries
+    ]
+
+
+def worst_rows(weights: "Certificate") -> list[Row]:
+    """Return the tensors with the largest error, one a row."""
+    return [
+        (
+            figures.tensor,
+            figures.scheme,
+            f"{figures.relative_error:.4g}",
+            f"{figures.sqnr_db:.4g}",
+            f"{figures.slope:.5g}",
+            f"{figures.clipped:.3%}",
+        )
+        for figures in weights.worst
+    ]
 
 
 def routing_rows(routing: "tuple[LayerRouting, ...]") -> list[Row]:

@@ -67,10 +67,11 @@ def double(tensors: dict[str, torch.Tensor]) -> None:
 
 
 def test_structure_of_a_copy_passes(program: Program, source: Path, copy: Path) -> None:
-    assert program("verify", str(copy), "--against", str(source)) == Ended(
+    assert program("verify", str(copy), "--against", str(source), "--level", "structure") == Ended(
         0,
         f"PASS: identity: {COUNT} source tensors: {COUNT} same; MTP layer present; "
-        "not checked: weights element by element, logits, outputs of the MTP layer, generated text\n"
+        "not checked: bytes of the files, weights element by element, logits, outputs of the MTP layer, "
+        "generated text\n"
         "metric\treference\tcandidate\tvalue\tthreshold\tverdict\n"
         "structure\t\t\t0 findings\t0\tpass\n",
         "",
@@ -80,7 +81,7 @@ def test_structure_of_a_copy_passes(program: Program, source: Path, copy: Path) 
 def test_missing_tensor_fails_with_exit_code_3(program: Program, source: Path, tmp_path: Path) -> None:
     broken = write(tmp_path / "broken", lambda tensors: tensors.pop(UP))
     finding = f"candidate: tensor {UP}: expected BF16 or F16 or F32 [24, 48], found nothing"
-    ended = program("verify", str(broken), "--against", str(source))
+    ended = program("verify", str(broken), "--against", str(source), "--level", "structure")
     assert ended.exit_code == 3
     assert ended.stdout.splitlines()[0].startswith(f"FAIL: identity: {finding}; {COUNT} source tensors")
     assert "fail\tcandidate: tensor " + UP in ended.stdout
@@ -112,7 +113,8 @@ def test_logits_of_a_copy_are_equal(program: Program, source: Path, copy: Path, 
     assert (logits["num_tokens"], logits["num_windows"]) == (177, 3)
     assert result["limits"]["max_kl"] == {"warn": 0.0, "fail": 0.0}
     assert [row["overlap"] for row in result["logits"]["routing"]] == [1.0, 1.0]
-    assert document["bytes"] == {"verify": 180}
+    assert document["bytes"].keys() == {"weights", "verify"}
+    assert document["bytes"]["verify"] == 180
 
 
 def test_tables_for_people_hold_metrics_routing_and_protocol(
@@ -145,7 +147,7 @@ def test_tables_for_people_hold_metrics_routing_and_protocol(
 
 def test_other_logits_fail_and_name_the_limits(program: Program, source: Path, tmp_path: Path, text: Path) -> None:
     changed = write(tmp_path / "changed", double)
-    ended = program("verify", str(changed), "--against", str(source), "--text", str(text))
+    ended = program("verify", str(changed), "--against", str(source), "--level", "logits", "--text", str(text))
     assert ended.exit_code == 3
     assert ended.stdout.startswith("FAIL: identity: KL mean ")
     assert ended.stderr.splitlines()[-1].startswith(f"Error: {changed} is not what {source} was: found KL mean ")
@@ -153,7 +155,7 @@ def test_other_logits_fail_and_name_the_limits(program: Program, source: Path, t
 
 def test_overrides_move_the_bar_both_ways(program: Program, source: Path, tmp_path: Path, text: Path) -> None:
     changed = write(tmp_path / "changed", double)
-    call = ("verify", str(changed), "--against", str(source), "--text", str(text), "--quiet")
+    call = ("verify", str(changed), "--against", str(source), "--level", "logits", "--text", str(text), "--quiet")
     lenient = ("--max-kl", "100", "--min-top1", "0", "--max-ppl-ratio", "100")
     assert program(*call, *lenient).exit_code == 0
     assert program(*call, *lenient, "--max-kl", "0").exit_code == 3
@@ -161,7 +163,7 @@ def test_overrides_move_the_bar_both_ways(program: Program, source: Path, tmp_pa
 
 def test_warning_passes_unless_strict(program: Program, source: Path, copy: Path) -> None:
     (copy / "LICENSE").unlink()
-    call = ("verify", str(copy), "--against", str(source))
+    call = ("verify", str(copy), "--against", str(source), "--level", "structure")
     ended = program(*call)
     assert ended.exit_code == 0
     reason = "candidate: LICENSE: expected as in the source, found no such file"
@@ -177,8 +179,25 @@ def test_wrong_structure_keeps_the_models_from_being_loaded(
     ended = program("verify", str(broken), "--against", str(source), "--text", str(text), "--json")
     document = json.loads(ended.stdout)
     assert ended.exit_code == 3
-    assert document["warnings"] == ["The structure is wrong; logits were not compared."]
+    assert document["warnings"] == ["The structure is wrong; bytes, weights, logits were not compared."]
     assert "logits" in document["result"]["not_checked"]
+
+
+def test_wrong_structure_keeps_weights_from_being_compared(program: Program, source: Path, tmp_path: Path) -> None:
+    other = small_config(vocab_size=256, moe_intermediate_size=32)
+    broken = write_checkpoint(tmp_path / "b", random_tensors(expand(Glm4MoeConfig.from_hf(other))), other)
+    ended = program("verify", str(broken), "--against", str(source), "--level", "weights")
+    assert ended.exit_code == 3
+    assert "Warning: The structure is wrong; weights were not compared.\n" in ended.stderr
+
+
+def test_notes_of_loaded_models_are_warnings(program: Program, source: Path, copy: Path, text: Path) -> None:
+    (copy / "modeling.py").write_text("raise SystemExit\n")
+    call = ("verify", str(copy), "--against", str(source), "--level", "logits", "--text", str(text))
+    ended = program(*call)
+    assert ended.exit_code == 0
+    note = "candidate: The checkpoint brings code (modeling.py); it is neither run nor copied."
+    assert f"Warning: {note}\n" in ended.stderr
 
 
 def test_quiet_leaves_the_verdict(program: Program, source: Path, copy: Path) -> None:
@@ -200,14 +219,18 @@ def test_quiet_leaves_the_verdict(program: Program, source: Path, copy: Path) ->
         ("--device", "cpu"),
     ],
 )
-def test_option_of_the_logits_level_is_refused_at_the_structure_level(
+def test_option_of_the_logits_level_is_refused_without_it(
     program: Program, source: Path, copy: Path, option: tuple[str, str]
 ) -> None:
     assert program("verify", str(copy), "--against", str(source), *option) == Ended(
         2,
         "",
-        f"Error: {option[0]}: expected --level logits or all, found --level structure. "
-        "The structure level reads headers and config alone.\n",
+        f"Error: {option[0]}: expected --level logits or all, found no --text, and so no logits. "
+        "It would be ignored.\n",
+    )
+    call = ("verify", str(copy), "--against", str(source), "--level", "weights", *option)
+    assert program(*call).stderr.startswith(
+        f"Error: {option[0]}: expected --level logits or all, found --level weights."
     )
 
 
@@ -253,7 +276,7 @@ def test_against_is_required(program: Program, copy: Path) -> None:
 def test_structure_level_imports_no_torch(source: Path, copy: Path) -> None:
     code = (
         "import sys; from glm4moe_cli.main import run; "
-        f"code = run(['verify', {str(copy)!r}, '--against', {str(source)!r}]); "
+        f"code = run(['verify', {str(copy)!r}, '--against', {str(source)!r}, '--level', 'structure']); "
         "sys.exit(code or 9 * ('torch' in sys.modules))"
     )
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True).returncode == 0
@@ -301,11 +324,11 @@ def test_fp8_copy_of_a_trained_model_passes(program: Program, tiny: Path, held_o
 def test_two_experts_swapped_fail(
     program: Program, tiny: Path, held_out: Path, quantized: Path, tmp_path: Path, layer: int
 ) -> None:
-    """Names, shapes and dtypes are all right; only running the model shows it, in whichever MoE layer it is."""
+    """Names, shapes and dtypes are all right; running the model shows it, in whichever MoE layer it is."""
     swapped = with_swapped_experts(quantized, tmp_path / "swapped", layer)
     call = ("verify", str(swapped), "--against", str(tiny))
-    assert program(*call).exit_code == 0
-    text = ("--text", str(held_out), "--num-tokens", "4096", "--context-length", "256")
+    assert program(*call, "--level", "structure").exit_code == 0
+    text = ("--level", "logits", "--text", str(held_out), "--num-tokens", "4096", "--context-length", "256")
     ended = program(*call, *text)
     assert ended.exit_code == 3
     assert ended.stdout.startswith("FAIL: fp8: KL mean 0.0")

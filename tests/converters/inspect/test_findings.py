@@ -452,7 +452,7 @@ def test_a_hole_of_zeros_is_found(tmp_path: Path) -> None:
 
 def test_every_finding_has_its_own_number_reason_and_remedy() -> None:
     checks = [value for value in vars(catalog).values() if isinstance(value, Check)]
-    assert len({check.number for check in checks}) == len(checks) == 36
+    assert len({check.number for check in checks}) == len(checks) == 41
     for check in checks:
         assert check.reason.endswith("."), check.number
         assert check.remedy.endswith("."), check.number

@@ -10,7 +10,7 @@ from converters.compare import Outcome, StructureReport
 from converters.findings import Finding, fail, warn
 from runtime.verify.compare import LogitsComparison, NonFinite
 from runtime.verify.limits import PROFILES, Bound, Overrides, choose_limits
-from runtime.verify.report import Verdict, VerifyReport, build_report, worst
+from runtime.verify.report import Levels, Verdict, VerifyReport, build_report, worst
 from runtime.verify.routing import LayerRouting
 from runtime.verify.summary import Estimate, KlSummary, LogitSummary, PerplexitySummary
 from runtime.verify.tables import finding_rows, metric_rows, routing_rows
@@ -50,7 +50,7 @@ def structure(*findings: Finding) -> StructureReport:
 
 
 def judged(found: LogitSummary | None, *non_finite: NonFinite) -> VerifyReport:
-    return build_report(FOLDERS, "fp8", logits=comparison(found, *non_finite), limits=FP8)
+    return build_report(FOLDERS, "fp8", Levels(logits=comparison(found, *non_finite)), FP8)
 
 
 @pytest.mark.parametrize(
@@ -82,8 +82,8 @@ def test_worst_of_nothing_is_a_pass() -> None:
 
 def test_identity_allows_no_difference_at_all() -> None:
     limits = PROFILES["identity"]
-    same = build_report(FOLDERS, "identity", logits=comparison(summary(0.0, 1.0, 1.0)), limits=limits)
-    other = build_report(FOLDERS, "identity", logits=comparison(summary(1e-9, 1.0, 1.0)), limits=limits)
+    same = build_report(FOLDERS, "identity", Levels(logits=comparison(summary(0.0, 1.0, 1.0))), limits)
+    other = build_report(FOLDERS, "identity", Levels(logits=comparison(summary(1e-9, 1.0, 1.0))), limits)
     assert (same.verdict, other.verdict) == (Verdict.PASS, Verdict.FAIL)
 
 
@@ -106,11 +106,11 @@ def test_nothing_finite_fails() -> None:
 
 
 def test_headline_of_a_pass_says_what_was_measured_and_what_was_not() -> None:
-    report = build_report(FOLDERS, "fp8", structure=structure(), logits=comparison(summary()), limits=FP8)
+    report = build_report(FOLDERS, "fp8", Levels(structure=structure(), logits=comparison(summary())), FP8)
     assert report.headline == (
         "PASS: fp8: 100 source tensors: 30 same, 70 quantized; MTP layer present; KL 0.006 +- 0.001 nats, "
-        "top-1 97.00%, PPL ratio 1.00100 +- 0.002 over 400 tokens; not checked: weights element by element, "
-        "activations quantized at run time, outputs of the MTP layer, generated text"
+        "top-1 97.00%, PPL ratio 1.00100 +- 0.002 over 400 tokens; not checked: bytes of the files, "
+        "weights element by element, activations quantized at run time, outputs of the MTP layer, generated text"
     )
 
 
@@ -121,7 +121,7 @@ def test_headline_of_a_failure_begins_with_the_reason() -> None:
 
 
 def test_many_reasons_are_counted_not_listed() -> None:
-    report = build_report(FOLDERS, "fp8", structure=structure(*(fail(f"tensor {i}", "a", "b") for i in range(9))))
+    report = build_report(FOLDERS, "fp8", Levels(structure(*(fail(f"tensor {i}", "a", "b") for i in range(9)))))
     assert "tensor 2: expected a, found b; and 6 more; 100 source tensors" in report.headline
 
 
@@ -129,18 +129,18 @@ def test_failures_come_before_warnings_of_an_earlier_level() -> None:
     report = build_report(
         FOLDERS,
         "fp8",
-        structure=structure(warn("LICENSE", "one", "none")),
-        logits=comparison(summary(kl=0.31)),
-        limits=FP8,
+        Levels(structure(warn("LICENSE", "one", "none")), logits=comparison(summary(kl=0.31))),
+        FP8,
     )
     assert report.verdict is Verdict.FAIL
     assert [reason.split()[0] for reason in report.reasons] == ["KL", "LICENSE:"]
 
 
 def test_structure_alone_does_not_claim_logits() -> None:
-    report = build_report(FOLDERS, "fp8", structure=structure())
+    report = build_report(FOLDERS, "fp8", Levels(structure()))
     assert report.verdict is Verdict.PASS
     assert report.not_checked == (
+        "bytes of the files",
         "weights element by element",
         "logits",
         "outputs of the MTP layer",
@@ -166,7 +166,7 @@ def test_metric_rows_carry_threshold_and_verdict_where_there_is_one() -> None:
 
 def test_checks_without_a_summary_row_are_shown_too() -> None:
     report = build_report(
-        FOLDERS, "fp8", structure=structure(), logits=comparison(None, NonFinite("candidate", 400, 1, 0)), limits=FP8
+        FOLDERS, "fp8", Levels(structure(), logits=comparison(None, NonFinite("candidate", 400, 1, 0))), FP8
     )
     assert [(row[0], row[-1]) for row in metric_rows(report)] == [
         ("structure", "pass"),
@@ -176,7 +176,7 @@ def test_checks_without_a_summary_row_are_shown_too() -> None:
 
 
 def test_routing_and_finding_rows() -> None:
-    report = build_report(FOLDERS, "fp8", structure=structure(warn("LICENSE", "one", "none")))
+    report = build_report(FOLDERS, "fp8", Levels(structure(warn("LICENSE", "one", "none"))))
     assert finding_rows(report) == [("warn", "LICENSE", "one", "none")]
     assert routing_rows(comparison(summary()).routing) == [("3", "400", "97.50%", "10.00%")]
 
@@ -195,6 +195,21 @@ def test_json_has_verdict_headline_and_every_part() -> None:
         "checks",
         "limits",
         "structure",
+        "bytes",
+        "weights",
         "logits",
         "not_checked",
     }
+
+
+@pytest.mark.parametrize("name", ["fp8 per channel", "int8 per group, packed", "nvfp4", "int4 per group, packed"])
+@pytest.mark.parametrize("quantizes_inputs", [True, False])
+def test_every_kind_of_quantization_has_limits(name: str, quantizes_inputs: bool) -> None:
+    report = replace(structure(), schemes=(name,), quantizes_inputs=quantizes_inputs)
+    assert report.scheme in PROFILES
+    assert report.scheme.startswith(name.split()[0])
+
+
+def test_of_several_formats_the_coarsest_counts() -> None:
+    report = replace(structure(), schemes=("nvfp4", "fp8 per channel", "int8 per channel"))
+    assert report.scheme == "nvfp4"

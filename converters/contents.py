@@ -1,0 +1,145 @@
+"""The files of a checkpoint held against the digests that came with them: a manifest, or the listing of a download."""
+
+import hashlib
+import os
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Event
+from typing import Any
+
+from converters.checkpoint.disk_read import read_file
+from converters.checkpoint.header import TensorEntry, read_header
+from converters.checkpoint.journal import LISTING_FILE
+from converters.checkpoint.manifest import MANIFEST_FILE, read_manifest
+from converters.errors import InputError
+from converters.findings import Finding, fail
+from converters.hub.listing import read_listing, select
+from converters.hub.verify import check_files
+
+_BLOCK_BYTES = 8 << 20
+Progress = Callable[[int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class ContentsReport:
+    """The bytes level of a verification.
+
+    Attributes:
+        record: what the files were held against; empty if nothing with digests is there.
+        files: how many were read.
+        bytes: how many bytes were hashed.
+        findings: what is not as recorded.
+    """
+
+    record: str
+    files: int
+    bytes: int
+    findings: tuple[Finding, ...]
+
+
+def find_record(folder: Path) -> str:
+    """Return the file of a folder that holds digests of the others; empty if there is none."""
+    if (folder / MANIFEST_FILE).exists():
+        return MANIFEST_FILE
+    return LISTING_FILE if read_listing(folder) is not None else ""
+
+
+def check_contents(folder: Path, num_workers: int, on_start: Callable[[int], Progress]) -> ContentsReport:
+    """Hash everything that a folder has a digest for.
+
+    Args:
+        folder: a finished result of ours, or a download.
+        num_workers: threads.
+        on_start: gets the bytes to be hashed and returns what is told of those just hashed, from any thread.
+    Raises:
+        InputError, SecurityError: the manifest or the listing itself is damaged.
+    """
+    manifest = read_manifest(folder)
+    if manifest is not None:
+        return _check_manifest(folder, manifest, num_workers, on_start)
+    listing = read_listing(folder)
+    if listing is None:
+        return ContentsReport("", 0, 0, ())
+    files = select(listing).files
+    total = sum(file.size for file in files)
+    findings = check_files(folder, files, num_workers, on_start(total))
+    return ContentsReport(LISTING_FILE, len(files), total, tuple(_of_candidate(finding) for finding in findings))
+
+
+def _of_candidate(finding: Finding) -> Finding:
+    return fail(f"candidate: {finding.subject}", finding.expected, finding.found)
+
+
+def _check_manifest(
+    folder: Path, manifest: Mapping[str, Any], num_workers: int, on_start: Callable[[int], Progress]
+) -> ContentsReport:
+    tensors: dict[str, dict[str, Any]] = {name: {} for name in manifest["shards"]}
+    for name, facts in manifest["tensors"].items():
+        tensors[facts["file"]][name] = facts
+    total = sum(facts["bytes"] for facts in manifest["shards"].values())
+    on_bytes, stop, findings = on_start(total), Event(), list(_check_side_files(folder, manifest["files"]))
+    pool = ThreadPoolExecutor(num_workers, "bytes")
+    try:
+        found = pool.map(lambda file: _check_shard(folder / file, tensors[file], stop, on_bytes), tensors)
+        findings += [finding for shard in found for finding in shard]
+    finally:
+        stop.set()
+        pool.shutdown(wait=True, cancel_futures=True)
+    return ContentsReport(MANIFEST_FILE, len(tensors) + len(manifest["files"]), total, tuple(findings))
+
+
+def _check_side_files(folder: Path, digests: Mapping[str, str]) -> list[Finding]:
+    findings = []
+    for name, digest in digests.items():
+        try:
+            found = hashlib.sha256(read_file(folder / name)).hexdigest()
+        except (OSError, InputError):
+            found = "no such file"
+        if found != digest:
+            findings.append(fail(f"candidate: {name}", f"sha256 {digest}", found))
+    return findings
+
+
+def _check_shard(
+    path: Path, recorded: Mapping[str, Mapping[str, Any]], stop: Event, on_bytes: Progress
+) -> list[Finding]:
+    """Return what differs in one shard: its header first, then the bytes of each tensor."""
+    try:
+        entries = {entry.name: entry for entry in read_header(path)}
+    except InputError as error:
+        return [fail(f"candidate: {path.name}", error.expected, error.found)]
+    except OSError:
+        return [fail(f"candidate: {path.name}", "a file, as the manifest says", "no such file")]
+    findings = [
+        fail(f"candidate: tensor {name}", "no such tensor in the manifest", "one")
+        for name in sorted(entries.keys() - recorded)
+    ]
+    with path.open("rb", buffering=0) as file:
+        for name, facts in recorded.items():
+            finding = _check_tensor(file.fileno(), name, entries.get(name), facts, stop)
+            findings += [finding] if finding else []
+            on_bytes(entries[name].nbytes if name in entries else 0)
+            if stop.is_set():
+                break
+    return findings
+
+
+def _check_tensor(
+    descriptor: int, name: str, entry: TensorEntry | None, facts: Mapping[str, Any], stop: Event
+) -> Finding | None:
+    subject, expected = f"candidate: tensor {name}", f"{facts['dtype']} {facts['shape']}"
+    if entry is None:
+        return fail(subject, expected, "nothing")
+    if (entry.dtype, list(entry.shape)) != (facts["dtype"], facts["shape"]):
+        return fail(subject, expected, f"{entry.dtype} {list(entry.shape)}")
+    digest, buffer, position = hashlib.sha256(), memoryview(bytearray(min(_BLOCK_BYTES, max(1, entry.nbytes)))), 0
+    while position < entry.nbytes and not stop.is_set():
+        count = os.preadv(descriptor, [buffer[: entry.nbytes - position]], entry.begin + position)
+        if count == 0:
+            return fail(subject, f"{entry.nbytes} bytes", f"{position}")
+        digest.update(buffer[:count])
+        position += count
+    found = digest.hexdigest()
+    return None if found == facts["sha256"] or stop.is_set() else fail(subject, f"sha256 {facts['sha256']}", found)
