@@ -95,9 +95,13 @@ def read_beside(
     return rows_SC[index_R + (beside.start - first)]
 
 
-def largest_magnitude(reader: CheckpointReader, group: Iterable[SourceRows], scratch: Scratch) -> "torch.Tensor":
+def largest_magnitude(
+    reader: CheckpointReader, group: Iterable[SourceRows], scratch: Scratch, block_bytes: int
+) -> "torch.Tensor":
     """Return the largest magnitude among rows that are read as they are, fp32 (1, 1).
 
+    Args:
+        block_bytes: the most to read at once, unless a row is larger.
     Raises:
         InputError: a value is NaN or Inf, named by tensor and row.
     """
@@ -107,7 +111,8 @@ def largest_magnitude(reader: CheckpointReader, group: Iterable[SourceRows], scr
     for source in group:
         assert not source.beside, source
         assert source.right is None, source
-        step = max(1, MAGNITUDE_BLOCK_BYTES // max(1, reader.entry(source.name).row_bytes))
+        wanted = min(MAGNITUDE_BLOCK_BYTES, block_bytes)
+        step = max(1, wanted // max(1, reader.entry(source.name).row_bytes))
         for start in range(source.start, source.stop, step):
             rows_RC = read_block(reader, source.name, start, min(start + step, source.stop), scratch)
             if source.columns is not None:
@@ -117,10 +122,14 @@ def largest_magnitude(reader: CheckpointReader, group: Iterable[SourceRows], scr
     return largest.view(1, 1)
 
 
-def digest_extra_reads(reader: CheckpointReader, source: SourceRows, digest: Digest) -> None:
-    """Add to a digest what is read for source rows besides themselves, in the order of `SourceRows.reads`."""
+def digest_extra_reads(reader: CheckpointReader, source: SourceRows, digest: Digest, block_bytes: int) -> None:
+    """Add to a digest what is read for source rows besides themselves, in the order of `SourceRows.reads`.
+
+    Args:
+        block_bytes: the most to read at once.
+    """
     _, *extra = source.reads()
-    buffer = memoryview(bytearray(DIGEST_BLOCK_BYTES if extra else 0))
+    buffer = memoryview(bytearray(min(DIGEST_BLOCK_BYTES, block_bytes) if extra else 0))
     for name, start, stop in extra:
         digest_rows(reader, name, start, stop, digest, buffer)
 

@@ -1,7 +1,8 @@
 """Plan a conversion: another layout or dtype, weights instead of codes, new shards, the MTP layer moved or dropped."""
 
+import json
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
 from typing import Any
 
@@ -14,12 +15,14 @@ from converters.checkpoint.plan import (
     Unit,
     pack_shards,
 )
+from converters.config import read_json
 from converters.conversion import Conversion, passthrough_files
 from converters.errors import UsageError
 from converters.formats.declared import MODELOPT_FILE, QUANTIZATION_KEY
 from converters.layout import Layout, Stored, StoredLayout
-from converters.result_config import drop_mtp, set_dtype, set_layout
+from converters.result_config import drop_mtp, rename_modelopt, set_dtype, set_layout
 from converters.source import Source
+from converters.transforms.rows import Cast
 from converters.units import UnitPlanner, dropped_layer
 
 
@@ -48,7 +51,7 @@ def plan_convert(source: Source, options: ConvertOptions) -> Conversion:
     Raises:
         UsageError: the options cannot work on this source.
     """
-    _check_options(source, options)
+    check_options(source, options)
     target = StoredLayout(source.schema, options.layout) if options.layout else source.stored_layout
     dtype = BY_CONFIG_NAME[options.dtype] if options.dtype else None
     planner = UnitPlanner(source, target, dtype, options.dequantize)
@@ -64,16 +67,42 @@ def plan_convert(source: Source, options: ConvertOptions) -> Conversion:
     shards = pack_shards(_units(planner, body), options.max_shard_bytes)
     plan = OutputPlan((*shards, *separate), planner.dropped)
     plan.check_complete(map(source.reader.entry, source.reader.names))
+    generated = generated_files(source, target, options)
+    config = new_config(source, target, options)
+    if options.dtype is not None and not _is_cast(source, plan, config, options):
+        options = replace(options, dtype=None)
     return Conversion(
-        source, plan, _new_config(source, target, options), _passthrough(source, options), "convert", asdict(options)
+        source,
+        plan,
+        config,
+        tuple(name for name in passthrough(source, options) if name not in generated),
+        "convert",
+        # what is meant, however it was asked for
+        asdict(replace(options, layout=target.layout)),
+        generated=generated,
     )
+
+
+def _is_cast(source: Source, plan: OutputPlan, config: dict[str, Any], options: ConvertOptions) -> bool:
+    """Return whether --dtype changes anything: it may ask for what is there already."""
+    without = new_config(source, source.stored_layout, replace(options, dtype=None, layout=None))
+    names = ("dtype", "torch_dtype")
+    same_config = [config.get(name) for name in names] == [without.get(name) for name in names]
+    restored = options.dequantize and options.dtype != source.config.dtype
+    units = (unit for shard in plan.shards for unit in shard.units)
+    return not same_config or restored or any(isinstance(unit.transform, Cast) for unit in units)
 
 
 def _units(planner: UnitPlanner, tensors: Iterable[Stored]) -> tuple[Unit, ...]:
     return tuple(unit for stored in tensors for unit in planner.units(stored))
 
 
-def _check_options(source: Source, options: ConvertOptions) -> None:
+def check_options(source: Source, options: ConvertOptions) -> None:
+    """Refuse options that make no sense for a source.
+
+    Raises:
+        UsageError: with the option's name.
+    """
     if options.dtype is not None and options.dtype not in BY_CONFIG_NAME:
         raise UsageError("--dtype", expected=f"one of {', '.join(BY_CONFIG_NAME)}", found=options.dtype)
     if options.dtype is not None and source.is_quantized and not options.dequantize:
@@ -89,13 +118,23 @@ def _check_options(source: Source, options: ConvertOptions) -> None:
         raise UsageError(f"--mtp {options.mtp}", expected="a source with an MTP layer", found="none in it")
 
 
-def _passthrough(source: Source, options: ConvertOptions) -> tuple[str, ...]:
+def passthrough(source: Source, options: ConvertOptions) -> tuple[str, ...]:
     """Return the files to copy; one that describes a quantization which is gone is not among them."""
     names = passthrough_files(source.folder)
     return tuple(name for name in names if not (options.dequantize and name == MODELOPT_FILE))
 
 
-def _new_config(source: Source, target: StoredLayout, options: ConvertOptions) -> dict[str, Any]:
+def generated_files(source: Source, target: StoredLayout, options: ConvertOptions) -> dict[str, bytes]:
+    """Return ModelOpt's own file with its modules named as they are called now, if that changes it."""
+    if options.layout is None or MODELOPT_FILE not in passthrough(source, options):
+        return {}
+    before = read_json(source.folder / MODELOPT_FILE)
+    after = rename_modelopt(before, source.stored_layout, target)
+    return {} if after == before else {MODELOPT_FILE: json.dumps(after, indent=4, ensure_ascii=False).encode() + b"\n"}
+
+
+def new_config(source: Source, target: StoredLayout, options: ConvertOptions) -> dict[str, Any]:
+    """Return config.json of the result: the source's where nothing that it says has changed."""
     config = dict(source.raw_config)
     if options.dtype is not None:
         set_dtype(config, options.dtype)
@@ -103,6 +142,5 @@ def _new_config(source: Source, target: StoredLayout, options: ConvertOptions) -
         drop_mtp(config)
     if options.dequantize:
         config.pop(QUANTIZATION_KEY, None)
-    if options.layout is not None:
-        set_layout(config, source.stored_layout, target)
+    set_layout(config, source.stored_layout, target)
     return config

@@ -4,7 +4,7 @@ Threads fetch in the order of the plan and wait when the budget is used up. A fi
 before it counts as there.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,10 +15,11 @@ from converters.checkpoint.plan import Shard
 from converters.checkpoint.writer import disk_errors
 from converters.hub.fetch import Fetcher, HubClient, RetryPolicy
 from converters.hub.listing import ListedFile, Listing
-from converters.hub.partial import final_path, publish, quarantine_path, remove_leftovers
+from converters.hub.partial import final_path, publish, put_aside, remove_leftovers
 from converters.hub.pool import GRACE_SECONDS, Cancelled, run_jobs, start_threads
 from converters.hub.verify import check_file, held_bytes
 from converters.staged import StagedReader
+from converters.waiting import NOTICE_SECONDS
 
 FETCH_THREADS = 4
 
@@ -44,12 +45,14 @@ class Feed:
     """Makes the source files of each output shard present before it is written, and removes them after it.
 
     `plan`, `identities` at any time; `begin`, then for each shard `before`, and `after` from any thread; `close`.
+    `on_fetched` is called, from several threads, with the bytes that came in so far.
     """
 
     def __init__(self, client: HubClient, staging: Staging, reader: StagedReader, budget: int) -> None:
         self.staging = staging
         self.budget = budget
         self.fetched_bytes = 0
+        self.on_fetched: Callable[[int], None] = _ignore
         self._client = client
         self._reader = reader
         self._listed = {file.path: file for file in staging.listing.files}
@@ -123,7 +126,7 @@ class Feed:
                         thread.result()
                 if self._plan.needs[shard.file] <= self._ready:
                     return
-                self._changed.wait()
+                self._changed.wait(NOTICE_SECONDS)
 
     def after(self, shard_file: str) -> None:
         """Remove what only this output shard still needed; it is journalled and synced."""
@@ -175,18 +178,16 @@ class Feed:
         if held_bytes(folder, file) is not None:
             finding = check_file(folder, file, self._stop, _ignore)
             if finding is not None:
-                final_path(folder, file).replace(quarantine_path(folder, file, finding.found.split()[0]))
+                put_aside(folder, file, finding.found.split()[0])
         if held_bytes(folder, file) is None:
-            self._fetcher(folder).fetch(file, self._stop)
-            publish(folder, file)
+            publish(folder, file, self._fetcher(folder).fetch(file, self._stop))
         self._reader.admit(file.path)
 
     def _fetch_side(self) -> None:
         fetcher = self._fetcher(self.staging.headers)
 
         def fetch(file: ListedFile, stop: Event) -> None:
-            fetcher.fetch(file, stop)
-            publish(self.staging.headers, file)
+            publish(self.staging.headers, file, fetcher.fetch(file, stop))
 
         run_jobs(self.staging.side, fetch, FETCH_THREADS)
 
@@ -196,6 +197,7 @@ class Feed:
     def _count(self, num_bytes: int) -> None:
         with self._changed:
             self.fetched_bytes += num_bytes
+        self.on_fetched(self.fetched_bytes)
 
     def _remove_others(self, kept: Sequence[str]) -> None:
         """Remove what an earlier run held and this one would not hold now: all that is kept is in the budget."""
@@ -211,4 +213,4 @@ class Feed:
 
 
 def _ignore(num_bytes: int) -> None:
-    """Take the bytes hashed; they count when they are converted."""
+    """Take what nobody wants to know: bytes hashed count when they are converted."""

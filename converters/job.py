@@ -6,21 +6,16 @@ folder is removed. Killed at any instant, the same command finishes the folder t
 """
 
 import hashlib
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import converters
-from converters.budget import STAGING_FOLDER
 from converters.checkpoint.disk_read import read_file
 from converters.checkpoint.index import INDEX_FILE
 from converters.checkpoint.journal import (
-    JOB_FILE,
     JOURNAL_FILE,
-    LOCK_FILE,
-    SWAP_FILE,
     FolderLock,
     ShardRecord,
     append_journal,
@@ -28,47 +23,23 @@ from converters.checkpoint.journal import (
     locked,
     open_job,
     read_journal,
-    state_folder,
 )
-from converters.checkpoint.manifest import (
-    MANIFEST_FILE,
-    build_manifest,
-    plan_digest,
-    read_manifest,
-    source_digest,
-    write_manifest,
-)
+from converters.checkpoint.manifest import MANIFEST_FILE, build_manifest, read_manifest, write_manifest
 from converters.checkpoint.plan import Shard
-from converters.checkpoint.writer import (
-    check_space,
-    disk_errors,
-    remove_partials,
-    sync_folder,
-    write_file,
-    write_index,
-    write_json,
-)
-from converters.config import CONFIG_FILE, read_json
-from converters.conversion import Conversion, check_destination, config_bytes
-from converters.errors import LockedError, UsageError
-from converters.parts import Part, suffix_of
-from converters.pipeline import Progress, Run, RunOptions, peak_block_bytes, write_shards
+from converters.checkpoint.writer import check_space, disk_errors, remove_partials, write_file, write_index, write_json
+from converters.config import CONFIG_FILE
+from converters.conversion import Conversion, config_bytes, side_bytes
+from converters.errors import LockedError
+from converters.job_options import JobOptions, check_all_done, check_job, check_result
+from converters.leftovers import FILES_FILE, remove_state, remove_unfinished
+from converters.parts import suffix_of
+from converters.pipeline import Progress, Run, RunOptions, write_shards
 from converters.prove import prove_shards
-from converters.reopen import is_intact, reopen
+from converters.reopen import FolderState, folder_state, reopen
 from converters.source_state import SOURCE_FILE, check_source, check_unchanged
-from converters.update import (
-    UPDATE_FOLDER,
-    Previous,
-    check_update,
-    complete_exchange,
-    exchange,
-    prepare_update,
-)
+from converters.update import Previous, complete_exchange, exchange, prepare_update
 
-if TYPE_CHECKING:
-    from converters.feed import Feed
-
-FILES_FILE = "files.json"
+__all__ = ["JobOptions", "Outcome", "run"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,50 +57,27 @@ class Outcome:
     waiting_for: int = 0
 
 
-def job_identity(conversion: Conversion) -> dict[str, Any]:
-    """Return what a job is; two runs with the same identity write the same bytes."""
-    source = conversion.source
-    return {
-        "command": conversion.command,
-        "version": converters.__version__,
-        "options": conversion.options,
-        "source": source_digest(source.reader, source.raw_config),
-        "plan": plan_digest(conversion.plan),
-    }
+@dataclass(frozen=True, slots=True)
+class _Task:
+    """A run into a folder that it holds: what to do, where, and how."""
 
+    conversion: Conversion
+    lock: FolderLock
+    how: JobOptions
+    run: Run
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class JobOptions:
-    """How a job is carried out, beside what it is.
+    @property
+    def dst(self) -> Path:
+        return self.lock.dst
 
-    `restart` begins anew where an unfinished job stands; `part` does one part of it; `finalize` only finishes a folder
-    whose parts are all done; `update` redoes a finished folder. `feed` brings the source's weights in as they are
-    needed; `previous` is an old result that tensors are taken over from.
-    """
+    @property
+    def state(self) -> Path:
+        return self.lock.state
 
-    restart: bool = False
-    part: Part | None = None
-    finalize: bool = False
-    update: bool = False
-    feed: "Feed | None" = None
-    previous: Previous | None = None
-
-    def __post_init__(self) -> None:
-        """Refuse combinations in which one option would undo another."""
-        if self.part and (self.restart or self.finalize):
-            other = "--restart" if self.restart else "--finalize"
-            raise UsageError(
-                "--part",
-                expected=f"no {other} beside it",
-                found="both",
-                next_step=f"Run once with {other} and without --part.",
-            )
-        if self.restart and self.finalize:
-            raise UsageError("--restart", expected="no --finalize beside it", found="both")
-        if self.update and (self.part or self.restart or self.finalize):
-            raise UsageError("--update", expected="no --part, --restart or --finalize beside it", found="one")
-        if self.update and self.feed:
-            raise UsageError("--update", expected="a SRC that is there as a whole", found="--disk-budget beside it")
+    @property
+    def missing(self) -> set[str]:
+        """Shards that no part has journalled."""
+        return self.conversion.plan.files - read_journal(self.state).keys()
 
 
 def run(
@@ -150,127 +98,140 @@ def run(
         how: begin anew, do a part, finalize, or update.
         on_unit: called, from several threads, with the file and the tensor that a worker turns to.
     Raises:
-        UsageError: dst holds something else. LockedError: another run holds it.
+        UsageError, LockedError: see `check_job`.
         InputError, ResourceError: see `write_shards`; also if the source changed since the run began.
     """
     how = how or JobOptions()
-    check_destination(conversion.source.folder, dst)
-    peak_block_bytes(conversion.plan, conversion.source.reader, options)
-    job = job_identity(conversion)
-    _check_result(dst, job, update=how.update)
+    check_job(conversion, dst, options, how)
+    shared = Run(conversion.source.reader, options, on_bytes, previous=how.previous, on_unit=on_unit, feed=how.feed)
     with locked(dst, suffix_of(how.part)) as lock:
-        complete_exchange(dst, lock.state)
-        _check_result(dst, job, update=how.update)
-        manifest = read_manifest(dst)
-        if manifest is not None and manifest["job"] != job:
-            return _update(conversion, lock, (options, on_bytes, on_unit), job)
-        if manifest is not None and is_intact(dst, manifest):
-            _remove_state(lock)
+        return _run_locked(_Task(conversion, lock, how, shared))
+
+
+def _run_locked(task: _Task) -> Outcome:
+    """Do what the state of the folder asks for."""
+    complete_exchange(task.dst, task.state)
+    job = task.conversion.identity
+    # again: another run may have finished something since
+    check_result(task.dst, job, update=task.how.update)
+    manifest = read_manifest(task.dst)
+    match folder_state(task.dst, manifest, job):
+        case FolderState.FINISHED:
+            remove_state(task.lock)
             return Outcome(already_finished=True)
-        if manifest is not None:
-            reopen(dst, lock.state, manifest)
-        if how.restart:
-            _remove_unfinished(dst, lock.state, keep_staging=how.feed is not None)
-        resumed = open_job(lock.state, job)
-        # a stale list of another job's files must not outlive that job
-        (create_json if resumed else write_json)(lock.state / FILES_FILE, {"files": _output_files(conversion)})
-        path = lock.state / SOURCE_FILE.format(suffix_of(how.part))
-        identities = check_source(conversion, path, how.feed, resumed=resumed)
-        reader = conversion.source.reader
-        shared = Run(reader, options, on_bytes, previous=how.previous, on_unit=on_unit, feed=how.feed)
-        outcome = _write_missing(conversion, lock, shared, how)
-        if how.part:
-            # let go before looking who is left: of parts that end at the same time the last one must see all journals
-            lock.release()
-            if read_manifest(dst) is not None:
-                return outcome
-        missing = conversion.plan.files - read_journal(lock.state).keys()
-        if missing or (how.part and not lock.become_exclusive()):
-            return replace(outcome, waiting_for=len(missing), is_part=True)
-        if how.part and read_manifest(dst) is not None:
-            return outcome
-        if how.feed is None:
-            check_unchanged(conversion, identities)
-        _commit(conversion, dst, lock.state, job)
-        _remove_state(lock)
-    return outcome
+        case FolderState.OTHER:
+            return _update(task)
+        case FolderState.DAMAGED:
+            assert manifest is not None
+            reopen(task.dst, task.state, manifest)
+    identities = _begin(task)
+    return _end(task, _write_missing(task), identities)
 
 
-def _update(
-    conversion: Conversion,
-    lock: FolderLock,
-    run_arguments: tuple[RunOptions, Progress, Callable[[str], None] | None],
-    job: dict[str, Any],
-) -> Outcome:
+def _update(task: _Task) -> Outcome:
     """Build the new result beside the finished old one, then exchange them."""
-    options, on_bytes, on_unit = run_arguments
-    inner = prepare_update(lock.state, job)
-    previous = Previous.open(lock.dst, converters.__version__, conversion.source.reader)
+    conversion, shared = task.conversion, task.run
+    inner = prepare_update(task.state, conversion.identity)
+    previous = Previous.open(task.dst, converters.__version__, conversion.source.reader, shared.options)
     try:
-        outcome = run(conversion, inner, options, on_bytes, JobOptions(previous=previous), on_unit)
+        how = JobOptions(previous=previous)
+        outcome = run(conversion, inner, shared.options, shared.on_bytes, how, shared.on_unit)
     finally:
         previous.close()
-    exchange(lock.dst, lock.state)
-    _remove_state(lock)
+    exchange(task.dst, task.state)
+    remove_state(task.lock)
     return outcome
 
 
-def _write_missing(conversion: Conversion, lock: FolderLock, run: Run, how: JobOptions) -> Outcome:
+def _begin(task: _Task) -> dict[str, Any]:
+    """Record the job, or find it recorded, and return the identities of the source's files."""
+    conversion, how, state = task.conversion, task.how, task.state
+    if how.restart:
+        remove_unfinished(task.dst, state, keep_staging=how.feed is not None)
+    resumed = open_job(state, conversion.identity)
+    # a stale list of another job's files must not outlive that job
+    (create_json if resumed else write_json)(state / FILES_FILE, {"files": _output_files(conversion)})
+    path = state / SOURCE_FILE.format(suffix_of(how.part))
+    return check_source(conversion, path, how.feed, task.run.options, resumed=resumed)
+
+
+def _end(task: _Task, outcome: Outcome, identities: dict[str, Any]) -> Outcome:
+    """Finish the folder, unless other parts have something left to do or have finished it."""
+    if task.how.part:
+        # let go before looking who is left: of parts that end at the same time the last one must see all journals
+        task.lock.release()
+        if read_manifest(task.dst) is not None:
+            return outcome
+    missing = task.missing
+    if missing or (task.how.part and not task.lock.become_exclusive()):
+        return replace(outcome, waiting_for=len(missing), is_part=True)
+    if task.how.part and read_manifest(task.dst) is not None:
+        return outcome
+    if task.how.feed is None:
+        check_unchanged(task.conversion, identities)
+    _commit(task)
+    remove_state(task.lock)
+    return outcome
+
+
+def _write_missing(task: _Task) -> Outcome:
     """Keep the shards that are proved by content, write the others."""
-    shards, journal = conversion.plan.shards, read_journal(lock.state)
+    lock, shared, how = task.lock, task.run, task.how
+    shards, journal = task.conversion.plan.shards, read_journal(task.state)
     own = how.part.shards(shards) if how.part else shards
-    proved = prove_shards(lock.dst, own, journal, run.options.num_workers)
+    proved = prove_shards(lock.dst, own, journal, shared.options)
     kept = [shard for shard, is_proved in zip(own, proved, strict=True) if is_proved]
     missing = [shard for shard, is_proved in zip(own, proved, strict=True) if not is_proved]
-    if missing and how.finalize:
-        raise UsageError(
-            f"--finalize {lock.dst}",
-            expected="all shards done",
-            found=f"{len(missing)} of {len(own)} missing, {missing[0].file} among them",
-            next_step="Run the parts that did not finish again.",
-        )
+    if how.finalize:
+        check_all_done(lock.dst, {shard.file for shard in missing}, len(own))
     for shard in kept:
-        run.on_bytes(sum(entry.nbytes for entry in shard.entries))
+        shared.on_bytes(sum(entry.nbytes for entry in shard.entries))
     with disk_errors(lock.dst):
         remove_partials(lock.dst, {shard.file for shard in own})
-    linked = [shard for shard in missing if _link_back(shard, lock, run, how)]
+    linked = [shard for shard in missing if _link_back(shard, task)]
     missing = [shard for shard in missing if shard not in linked]
     check_space(lock.dst, sum(shard.file_bytes for shard in missing) + (how.feed.room(missing) if how.feed else 0))
-    journal_file = JOURNAL_FILE.format(suffix_of(how.part))
-
-    def done(record: ShardRecord) -> None:
-        append_journal(lock.state, record, journal_file)
-        if how.feed is not None:
-            how.feed.after(record.file)
-
-    if how.feed is not None:
-        how.feed.begin(missing)
-    write_shards(missing, lock.dst, run, done)
+    _write(missing, task)
     written = tuple(shard.file for shard in missing)
     redone = tuple(file for file in written if file in journal)
     return Outcome(kept=tuple(shard.file for shard in (*kept, *linked)), written=written, redone=redone)
 
 
-def _link_back(shard: Shard, lock: FolderLock, run: Run, how: JobOptions) -> bool:
+def _write(shards: list[Shard], task: _Task) -> None:
+    """Write shards and journal each when it has its final name; only then may its source go."""
+    feed, journal_file = task.how.feed, JOURNAL_FILE.format(suffix_of(task.how.part))
+
+    def done(record: ShardRecord) -> None:
+        append_journal(task.state, record, journal_file)
+        if feed is not None:
+            feed.after(record.file)
+
+    if feed is not None:
+        feed.begin(shards)
+    write_shards(shards, task.dst, task.run, done)
+
+
+def _link_back(shard: Shard, task: _Task) -> bool:
     """Take a shard over from the old result, if it would come out the same."""
-    record = run.previous.link_back(shard, lock.dst) if run.previous else None
+    record = task.run.previous.link_back(shard, task.dst) if task.run.previous else None
     if record is None:
         return False
-    append_journal(lock.state, record, JOURNAL_FILE.format(suffix_of(how.part)))
-    run.on_bytes(sum(entry.nbytes for entry in shard.entries))
+    append_journal(task.state, record, JOURNAL_FILE.format(suffix_of(task.how.part)))
+    task.run.on_bytes(sum(entry.nbytes for entry in shard.entries))
     return True
 
 
-def _commit(conversion: Conversion, dst: Path, state: Path, job: dict[str, Any]) -> None:
+def _commit(task: _Task) -> None:
     """Write everything around the shards; the manifest last."""
-    source, done = conversion.source, read_journal(state)
+    conversion, dst, done = task.conversion, task.dst, read_journal(task.state)
     if conversion.plan.files - done.keys():
         # only where locks do not work: another run has finished the folder and removed its state
         raise LockedError(f"DST {dst}", expected="no other run in it", found="one that finished it meanwhile")
     remove_partials(dst, _output_files(conversion))
     side = {}
-    for name in conversion.passthrough:
-        data = read_file(source.folder / name)
+    records = {name: record for shard in done.values() for name, record in shard.tensors.items()}
+    for name in (*conversion.passthrough, *conversion.generated):
+        data = side_bytes(conversion, name, records)
         side[name] = hashlib.sha256(data).hexdigest()
         write_file(dst / name, data)
     if conversion.has_index:
@@ -278,60 +239,11 @@ def _commit(conversion: Conversion, dst: Path, state: Path, job: dict[str, Any])
     write_file(dst / CONFIG_FILE, config_bytes(conversion))
     for name in (*((INDEX_FILE,) if conversion.has_index else ()), CONFIG_FILE):
         side[name] = hashlib.sha256(read_file(dst / name)).hexdigest()
-    write_manifest(dst, build_manifest(conversion.plan, source.reader, job, done, side))
-
-
-def _check_result(dst: Path, job: dict[str, Any], *, update: bool) -> None:
-    """Refuse a finished result of another job, unless it is to be updated; before anything is written into it."""
-    if (state_folder(dst) / SWAP_FILE).exists():
-        return
-    if update:
-        check_update(dst, job)
-        return
-    manifest = read_manifest(dst)
-    if manifest is not None and manifest["job"] != job:
-        raise UsageError(
-            f"DST {dst}",
-            expected="an empty or new folder",
-            found="the finished result of another job",
-            next_step="Redo it with --update, or choose another folder.",
-        )
+    reader = conversion.source.reader
+    write_manifest(dst, build_manifest(conversion.plan, reader, conversion.identity, done, side))
 
 
 def _output_files(conversion: Conversion) -> list[str]:
     index = [INDEX_FILE] if conversion.has_index else []
     shards = [shard.file for shard in conversion.plan.shards]
-    return [*shards, *conversion.passthrough, *index, CONFIG_FILE, MANIFEST_FILE]
-
-
-def _remove_unfinished(dst: Path, state: Path, *, keep_staging: bool) -> None:
-    """Remove what the unfinished job in dst wrote or may have wanted to write, and nothing else."""
-    names = read_json(state / FILES_FILE)["files"] if (state / FILES_FILE).exists() else []
-    with disk_errors(dst):
-        remove_partials(dst, names)
-        for name in names:
-            (dst / name).unlink(missing_ok=True)
-        # before the record of them goes, or a file could come back after a power loss and pass for another job's
-        sync_folder(dst)
-        if not keep_staging:
-            shutil.rmtree(state / STAGING_FOLDER, ignore_errors=True)
-        # the job last: as long as it stands, its list of files is the right one
-        for path in sorted(state.iterdir(), key=lambda path: path.name == JOB_FILE):
-            if not path.name.startswith(LOCK_FILE) and path.name != STAGING_FOLDER:
-                path.unlink()
-        sync_folder(state)
-
-
-def _remove_state(lock: FolderLock) -> None:
-    """Remove the state folder, unless another part still holds it. The lock goes last, so that no run slips in."""
-    if not lock.become_exclusive():
-        return
-    with disk_errors(lock.dst):
-        shutil.rmtree(lock.state / UPDATE_FOLDER, ignore_errors=True)
-        shutil.rmtree(lock.state / STAGING_FOLDER, ignore_errors=True)
-        for path in lock.state.iterdir():
-            if path.name != LOCK_FILE:
-                path.unlink()
-        (lock.state / LOCK_FILE).unlink()
-        lock.state.rmdir()
-        sync_folder(lock.dst)
+    return [*shards, *conversion.passthrough, *conversion.generated, *index, CONFIG_FILE, MANIFEST_FILE]

@@ -7,7 +7,8 @@ written do not depend on the number of workers or the order in which they finish
 import hashlib
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -144,14 +145,15 @@ class ShardRun:
 def write_shards(shards: Sequence[Shard], dst: Path, run: Run, on_shard: Callable[[ShardRecord], None]) -> None:
     """Write shards into dst, calling on_shard, from a worker's thread, when one has its final name and is synced.
 
-    Two shards are in flight at most, or two batches of them, so that one is synced while the next is being filled.
+    Two shards are in flight, or two batches of them, so that one is synced while the next is being filled; more only
+    while their units are fewer than the workers, as those of stacks of experts are.
 
     Raises:
         InputError: a source tensor is unreadable or holds NaN or Inf.
         ResourceError: the disk is full.
     """
     started: list[ShardRun] = []
-    jobs: set[Future[None]] = set()
+    in_flight: deque[set[Future[None]]] = deque()
     with single_threaded_ops(), ThreadPoolExecutor(run.options.num_workers, "glm4moe") as pool:
         try:
             for batch in batches(shards):
@@ -159,22 +161,31 @@ def write_shards(shards: Sequence[Shard], dst: Path, run: Run, on_shard: Callabl
                     for shard in batch:
                         if not run.feed.is_ready(shard):
                             # what the shard before it needs goes when it is done, and may have to make room
-                            wait_for_all(jobs)
+                            _wait_for_batches(in_flight)
                         run.feed.before(shard)
                 opened = [ShardRun(dst, shard, on_shard) for shard in batch]
                 started += opened
                 for shard_run in opened:
                     shard_run.writer.open()
-                own = {pool.submit(_write_reads, group, run) for group in shared_reads(batch, opened)}
-                wait_for_all(jobs)
-                jobs = own
-            wait_for_all(jobs)
+                in_flight.append({pool.submit(_write_reads, group, run) for group in shared_reads(batch, opened)})
+                while len(in_flight) > 1 and (run.feed or _num_pending(in_flight) > run.options.num_workers):
+                    wait_for_all(in_flight.popleft())
+            _wait_for_batches(in_flight)
         finally:
             # a file must not be closed under a worker that still writes to it
             run.stop.set()
             pool.shutdown(wait=True, cancel_futures=True)
             for shard_run in started:
                 shard_run.writer.abort()
+
+
+def _wait_for_batches(in_flight: deque[set[Future[None]]]) -> None:
+    while in_flight:
+        wait_for_all(in_flight.popleft())
+
+
+def _num_pending(in_flight: Iterable[set[Future[None]]]) -> int:
+    return sum(not job.done() for jobs in in_flight for job in jobs)
 
 
 def _write_reads(group: list[tuple[Unit, ShardRun]], run: Run) -> None:

@@ -4,6 +4,7 @@ import hashlib
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Event
 
@@ -12,20 +13,33 @@ from converters.checkpoint.journal import ShardRecord
 from converters.checkpoint.plan import Shard, Unit
 from converters.checkpoint.reader import CheckpointReader
 from converters.conversion import Conversion
-from converters.pipeline import COPY_BLOCK_BYTES
+from converters.pipeline import RunOptions
+from converters.waiting import wait_for_all
 
 
-def prove_shards(dst: Path, shards: Sequence[Shard], journal: dict[str, ShardRecord], num_workers: int) -> list[bool]:
+@dataclass(frozen=True, slots=True)
+class Proof:
+    """How much a thread reads at once while it proves something, and what ends it early."""
+
+    block_bytes: int
+    stop: Event = field(default_factory=Event)
+
+
+def prove_shards(
+    dst: Path, shards: Sequence[Shard], journal: dict[str, ShardRecord], options: RunOptions
+) -> list[bool]:
     """Return of each shard whether it is done; a run that is stopped meanwhile does not wait for the rest."""
-    pool, stop = ThreadPoolExecutor(num_workers), Event()
+    pool, proof = ThreadPoolExecutor(options.num_workers), Proof(options.copy_block_bytes)
     try:
-        return list(pool.map(lambda shard: shard_is_proved(dst, shard, journal.get(shard.file), stop), shards))
+        proved = [pool.submit(shard_is_proved, dst, shard, journal.get(shard.file), proof) for shard in shards]
+        wait_for_all(proved)
+        return [future.result() for future in proved]
     finally:
-        stop.set()
+        proof.stop.set()
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def shard_is_proved(dst: Path, shard: Shard, record: ShardRecord | None, stop: Event) -> bool:
+def shard_is_proved(dst: Path, shard: Shard, record: ShardRecord | None, proof: Proof) -> bool:
     """Return whether the shard stands in dst, byte for byte as it was recorded.
 
     Size, header and the sha256 of every tensor are compared; names and times prove nothing. What cannot be read, or is
@@ -41,20 +55,23 @@ def shard_is_proved(dst: Path, shard: Shard, record: ShardRecord | None, stop: E
             if file.read(len(shard.header)) != shard.header:
                 return False
             return all(
-                _digest(file.fileno(), entry.begin, entry.end, stop) == record.tensors[entry.name].sha256
+                _digest(file.fileno(), entry.begin, entry.end, proof) == record.tensors[entry.name].sha256
                 for entry in shard.entries
             )
     except OSError:
         return False
 
 
-def changed_source_tensor(conversion: Conversion, journal: dict[str, ShardRecord], files: set[str]) -> str | None:
+def changed_source_tensor(
+    conversion: Conversion, journal: dict[str, ShardRecord], files: set[str], block_bytes: int
+) -> str | None:
     """Return a source tensor whose bytes differ from those that finished shards were made of, or None.
 
     Args:
         conversion: the job.
         journal: the finished shards.
         files: the source files to look into.
+        block_bytes: the most to read at once.
     """
     index = conversion.source.reader.index
     for shard in conversion.plan.shards:
@@ -65,28 +82,34 @@ def changed_source_tensor(conversion: Conversion, journal: dict[str, ShardRecord
             if not files.intersection(index.entries[name][0] for name in names):
                 continue
             record = journal[shard.file].tensors.get(unit.outputs[0].name)
-            if record is not None and source_digest_of(conversion.source.reader, unit) != record.source_sha256:
+            if record is None:
+                continue
+            if source_digest_of(conversion.source.reader, unit, block_bytes) != record.source_sha256:
                 return unit.sources[0].name
     return None
 
 
-def source_digest_of(reader: CheckpointReader, unit: Unit) -> str:
-    """Hash what decides a unit's outputs, in the order in which it is read: its group's largest magnitude, its rows."""
+def source_digest_of(reader: CheckpointReader, unit: Unit, block_bytes: int) -> str:
+    """Hash what decides a unit's outputs, in the order in which it is read: its group's largest magnitude, its rows.
+
+    Args:
+        block_bytes: the most to read at once; it makes no difference to the digest.
+    """
     digest = hashlib.sha256()
     if unit.group:
-        digest.update(as_bytes(largest_magnitude(reader, unit.group, Scratch())))
-    buffer = memoryview(bytearray(COPY_BLOCK_BYTES))
+        digest.update(as_bytes(largest_magnitude(reader, unit.group, Scratch(), block_bytes)))
+    buffer = memoryview(bytearray(block_bytes))
     for rows in unit.sources:
         for name, start, stop in rows.reads():
             digest_rows(reader, name, start, stop, digest, buffer)
     return digest.hexdigest()
 
 
-def _digest(descriptor: int, begin: int, end: int, stop: Event) -> str:
-    digest, buffer = hashlib.sha256(), memoryview(bytearray(min(COPY_BLOCK_BYTES, max(1, end - begin))))
+def _digest(descriptor: int, begin: int, end: int, proof: Proof) -> str:
+    digest, buffer = hashlib.sha256(), memoryview(bytearray(min(proof.block_bytes, max(1, end - begin))))
     while begin < end:
         count = os.preadv(descriptor, [buffer[: end - begin]], begin)
-        if count == 0 or stop.is_set():
+        if count == 0 or proof.stop.is_set():
             return ""
         digest.update(buffer[:count])
         begin += count

@@ -35,6 +35,14 @@ def set_layout(config: dict[str, Any], before: StoredLayout, after: StoredLayout
         config[QUANTIZATION_KEY] = _renamed(config[QUANTIZATION_KEY], module_names(before, after))
 
 
+def rename_modelopt(content: dict[str, Any], before: StoredLayout, after: StoredLayout) -> dict[str, Any]:
+    """Return the content of ModelOpt's own file with quantized modules named as they are called now."""
+    block = content.get("quantization")
+    if before.layout is after.layout or not isinstance(block, dict):
+        return content
+    return {**content, "quantization": _renamed(block, module_names(before, after))}
+
+
 def layout_block(layout: Layout, model: Glm4MoeConfig) -> dict[str, Any]:
     """Return what config.json says about a layout.
 
@@ -58,8 +66,10 @@ def module_names(before: StoredLayout, after: StoredLayout) -> dict[str, tuple[s
     for stored in before.stored.values():
         tensors = [piece.tensor for pieces in stored.elements for piece in pieces]
         homes = [place.stored for tensor in tensors for place in after.places(tensor)]
-        renamed.setdefault(stored.name, {}).update(dict.fromkeys(home.name for home in homes))
         renamed.setdefault(_module(stored), {}).update(dict.fromkeys(_module(home) for home in homes))
+        # a packed stack is named like a module, and means one
+        if stored.name != _module(stored):
+            renamed.setdefault(stored.name, {}).update(dict.fromkeys(home.name for home in homes))
     return {name: tuple(names) for name, names in renamed.items()}
 
 

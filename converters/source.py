@@ -107,7 +107,7 @@ def open_source(folder: Path) -> Source:
             next_step="The checkpoint is incomplete, or its config.json is another model's.",
         )
     weights = {
-        name: StoredWeight(stored, _weight_format(stored, entries[name], schemes), entries[name])
+        name: StoredWeight(stored, weight_format(stored, entries[name], schemes), entries[name])
         for name, stored in layout.stored.items()
     }
     return Source(folder, raw, config, layout, reader, quantization, weights, cache_scales)
@@ -165,7 +165,7 @@ def _check_cache_scale(name: str, entry: TensorEntry, schema: ModelSchema, *, is
         )
 
 
-def _weight_format(stored: Stored, entries: dict[str, TensorEntry], schemes: tuple[Scheme, ...]) -> WeightFormat:
+def weight_format(stored: Stored, entries: dict[str, TensorEntry], schemes: tuple[Scheme, ...]) -> WeightFormat:
     """Return how a tensor is stored, or refuse what its config does not declare."""
     own = entries.get("")
     is_matrix = len(stored.elements[0][0].tensor.shape) > 1

@@ -4,11 +4,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from converters.checkpoint.index import checked_path
-from converters.checkpoint.journal import read_journal
+from converters.checkpoint.journal import read_journal, read_record
 from converters.checkpoint.writer import write_json
-from converters.config import read_json
 from converters.conversion import Conversion
 from converters.errors import ConfigError, InputError
+from converters.pipeline import RunOptions
 from converters.prove import changed_source_tensor
 
 if TYPE_CHECKING:
@@ -17,13 +17,16 @@ if TYPE_CHECKING:
 SOURCE_FILE = "source{}.json"  # filled with the suffix of a part
 
 
-def check_source(conversion: Conversion, path: Path, feed: "Feed | None", *, resumed: bool) -> dict[str, Any]:
+def check_source(
+    conversion: Conversion, path: Path, feed: "Feed | None", options: RunOptions, *, resumed: bool
+) -> dict[str, Any]:
     """Return the identities of the source's files; on resume, compare what changed since by content.
 
     Args:
         conversion: the job.
         path: where they are kept, in the state folder.
         feed: brings the weights in, if the source is never there as a whole.
+        options: bounds what is read at once.
         resumed: whether an earlier run left any.
     Raises:
         InputError: a tensor that is already converted has other bytes now.
@@ -41,7 +44,9 @@ def check_source(conversion: Conversion, path: Path, feed: "Feed | None", *, res
                 found="another one, or no record of it",
                 next_step="Begin anew with --restart; or 'glm4moe download' it and use the folder, which is compared.",
             )
-        name = changed_source_tensor(conversion, journal, changed) if changed and not feed else None
+        name = None
+        if changed and not feed:
+            name = changed_source_tensor(conversion, journal, changed, options.copy_block_bytes)
         if name is not None:
             raise InputError(
                 f"source tensor {name}",
@@ -61,10 +66,10 @@ def _recorded(path: Path, identities: dict[str, Any]) -> dict[str, Any]:
     others = [] if path.exists() else sorted(path.parent.glob(SOURCE_FILE.format("*")))
     for candidate in (path, *others):
         try:
-            recorded = read_json(candidate)
+            recorded = read_record(candidate)
         except ConfigError:
             continue
-        if candidate == path or recorded == identities:
+        if recorded is not None and (candidate == path or recorded == identities):
             return recorded
     return {}
 

@@ -17,7 +17,7 @@ from typing import Protocol
 
 from converters.budget import BLOCK_BYTES, STAGING_FOLDER, on_disk
 from converters.checkpoint.index import SUFFIX
-from converters.checkpoint.journal import LOCK_FILE, STATE_FOLDER, is_job_begun, locked, state_folder
+from converters.checkpoint.journal import LOCK_FILE, STATE_FOLDER, check_unlocked, is_job_begun, locked, state_folder
 from converters.checkpoint.writer import disk_errors
 from converters.conversion import check_destination
 from converters.errors import UsageError
@@ -73,6 +73,7 @@ def open_stream(client: StreamClient, stream: Stream) -> Iterator[tuple[Source, 
         )
     with ExitStack() as stack:
         if stream.dry_run:
+            check_unlocked(staging)
             headers = Path(stack.enter_context(TemporaryDirectory(prefix="glm4moe-headers-")))
             listing = _pin(client, stream, staging)
         else:

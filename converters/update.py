@@ -16,7 +16,6 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from threading import Event
 from typing import Any
 
 from converters.checkpoint.header import read_header
@@ -28,8 +27,8 @@ from converters.checkpoint.reader import CheckpointReader
 from converters.checkpoint.writer import disk_errors, link_durably, sync_folder, write_json
 from converters.config import CONFIG_FILE, read_json
 from converters.errors import InputError, UsageError
-from converters.pipeline import COPY_BLOCK_BYTES
-from converters.prove import shard_is_proved, source_digest_of
+from converters.pipeline import RunOptions
+from converters.prove import Proof, shard_is_proved, source_digest_of
 
 UPDATE_FOLDER = "update"
 
@@ -47,6 +46,12 @@ def check_update(dst: Path, job: dict[str, Any]) -> None:
         )
     if manifest["job"]["source"] != job["source"]:
         raise UsageError(f"--update: DST {dst}", expected="a result made from this SRC", found="one of another source")
+
+
+def result_bytes(dst: Path) -> int:
+    """Return the size of the weights of a finished result, 0 if there is none."""
+    manifest = read_manifest(dst)
+    return sum(facts["bytes"] for facts in manifest["shards"].values()) if manifest else 0
 
 
 def prepare_update(state: Path, job: dict[str, Any]) -> Path:
@@ -98,16 +103,20 @@ def complete_exchange(dst: Path, state: Path) -> None:
 
 @dataclass(frozen=True)
 class Previous:
-    """The old result: its manifest's tensors, and a reader over its shards. Close it when the new one is written."""
+    """The old result: its manifest's tensors, and a reader over its shards. Close it when the new one is written.
+
+    `block_bytes`: the most that a thread reads at once.
+    """
 
     folder: Path
     tensors: dict[str, dict[str, Any]]
     shards: dict[str, dict[str, Any]]
     reader: CheckpointReader
     source: CheckpointReader
+    block_bytes: int
 
     @classmethod
-    def open(cls, dst: Path, version: str, source: CheckpointReader) -> "Previous":
+    def open(cls, dst: Path, version: str, source: CheckpointReader, options: RunOptions) -> "Previous":
         """Return the old result; one that another version made is not reused, for its transforms may differ."""
         manifest = read_manifest(dst)
         assert manifest is not None, dst
@@ -115,7 +124,8 @@ class Previous:
         shards = {name: facts for name, facts in manifest["shards"].items() if reusable and (dst / name).is_file()}
         entries = {entry.name: (file, entry) for file in shards for entry in read_header(dst / file)}
         reader = CheckpointReader(CheckpointIndex(dst, entries, tuple(shards)))
-        return cls(dst, manifest["tensors"] if reusable else {}, shards, reader, source)
+        tensors = manifest["tensors"] if reusable else {}
+        return cls(dst, tensors, shards, reader, source, options.copy_block_bytes)
 
     def close(self) -> None:
         """Close its files."""
@@ -131,7 +141,7 @@ class Previous:
                 return None
             if (old["dtype"], old["shape"]) != (output.dtype, list(output.shape)):
                 return None
-            records[output.name] = TensorRecord(old["sha256"], old["source_sha256"])
+            records[output.name] = TensorRecord.from_json(old)
         return records
 
     def link_back(self, shard: Shard, dst: Path) -> ShardRecord | None:
@@ -148,7 +158,7 @@ class Previous:
             return None
         records = {name: record for own in made_alike for name, record in own.items()}
         record = ShardRecord(shard.file, shard.file_bytes, {e.name: records[e.name] for e in shard.entries})
-        if not shard_is_proved(self.folder, shard, record, Event()):
+        if not shard_is_proved(self.folder, shard, record, Proof(self.block_bytes)):
             return None
         for unit, own in zip(shard.units, made_alike, strict=True):
             self._check_source(unit, own)
@@ -166,7 +176,7 @@ class Previous:
         if records is None or not all(name in self.reader.index.entries for name in records):
             return None
         self._check_source(unit, records)
-        buffer = memoryview(bytearray(COPY_BLOCK_BYTES))
+        buffer = memoryview(bytearray(self.block_bytes))
         for name, record in records.items():
             digest, entry = hashlib.sha256(), self.reader.entry(name)
             for position in range(0, entry.nbytes, len(buffer)):
@@ -186,7 +196,7 @@ class Previous:
 
     def _check_source(self, unit: Unit, records: dict[str, TensorRecord]) -> None:
         expected = {record.source_sha256 for record in records.values()}
-        if {source_digest_of(self.source, unit)} != expected:
+        if {source_digest_of(self.source, unit, self.block_bytes)} != expected:
             raise InputError(
                 f"source tensor {unit.sources[0].name}",
                 expected="the bytes that the old result was made of",

@@ -64,7 +64,36 @@ def _set_output(ctx: click.Context, param: click.Parameter, value: bool) -> None
     setattr(ctx.ensure_object(Output), "as_json" if param.name == "json" else "quiet", value)
 
 
-_folder = click.Path(exists=True, file_okay=False, path_type=Path)
+class PathName(click.Path):
+    """A path; an empty one, which a variable that is not set leaves behind, is not taken for the current folder."""
+
+    def __init__(self, *, exists: bool = False, file_okay: bool = True, dir_okay: bool = True) -> None:
+        super().__init__(exists=exists, file_okay=file_okay, dir_okay=dir_okay, path_type=Path)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Return the path; see `click.Path` for what else is refused."""
+        refuse_empty(value, param, ctx)
+        return super().convert(value, param, ctx)
+
+
+class TextName(click.ParamType[str]):
+    """A name that is not empty: of a repository, or of what may be a folder or one."""
+
+    name = "name"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """Return it as it is."""
+        refuse_empty(value, param, ctx)
+        return str(value)
+
+
+def refuse_empty(value: Any, param: click.Parameter | None, ctx: click.Context | None) -> None:
+    """Refuse an empty word where a name is expected."""
+    if isinstance(value, str) and not value:
+        raise click.BadParameter("expected a name, found an empty word. Is a variable not set?", ctx, param)
+
+
+_folder = PathName(exists=True, file_okay=False)
 
 
 class SourceName(click.ParamType[Path | HubId]):
@@ -76,12 +105,13 @@ class SourceName(click.ParamType[Path | HubId]):
         """Return the folder or the hub id; a value that is one already stays as it is, as click asks of every type."""
         if isinstance(value, Path | HubId):
             return value
+        refuse_empty(value, param, ctx)
         hub_id = None if os.path.lexists(value) else HubId.parse(value)
         return hub_id or Path(_folder.convert(value, param, ctx))
 
 
 src_argument = click.argument("src", metavar="SRC", type=SourceName())
-dst_argument = click.argument("dst", metavar="DST", type=click.Path(file_okay=False, path_type=Path))
+dst_argument = click.argument("dst", metavar="DST", type=PathName(file_okay=False))
 checkpoint_argument = click.argument("checkpoint", metavar="CKPT", type=_folder)
 
 dry_run_option = click.option("--dry-run", is_flag=True, help="Show the plan and write nothing.")
@@ -112,32 +142,49 @@ device_option = click.option(
 )
 
 
+_restart_option = click.option(
+    "--restart", is_flag=True, help="Begin anew where an unfinished run of another or the same job stands in DST."
+)
+_update_option = click.option(
+    "--update", is_flag=True, help="Redo a finished DST under these options; only what they change is made anew."
+)
+_part_option = click.option(
+    "--part",
+    metavar="i/n",
+    show_default="as torchrun says, else all",
+    help="Do every n-th shard, from the i-th; processes with the other parts write into the same DST.",
+)
+_finalize_option = click.option(
+    "--finalize",
+    is_flag=True,
+    help="Write nothing but what comes last, after all parts; the last part does it itself.",
+)
+
+
 def job_options(function: Callable[..., Any]) -> Callable[..., Any]:
     """Add --restart, --update, --part and --finalize to a command and pass them as `how: JobOptions`."""
 
     @functools.wraps(function)
     def command(*args: Any, restart: bool, part: str | None, finalize: bool, update: bool, **options: Any) -> Any:
-        own = Part.parse(part) if part else None if finalize else Part.from_environment(os.environ)
+        own = _own_part(part, finalize=finalize)
         return function(*args, how=JobOptions(restart=restart, part=own, finalize=finalize, update=update), **options)
 
-    restart = click.option(
-        "--restart", is_flag=True, help="Begin anew where an unfinished run of another or the same job stands in DST."
-    )
-    part = click.option(
-        "--part",
-        metavar="i/n",
-        show_default="as torchrun says, else all",
-        help="Do every n-th shard, from the i-th; processes with the other parts write into the same DST.",
-    )
-    finalize = click.option(
-        "--finalize",
-        is_flag=True,
-        help="Write nothing but what comes last, after all parts; the last part does it itself.",
-    )
-    update = click.option(
-        "--update", is_flag=True, help="Redo a finished DST under these options; only what they change is made anew."
-    )
-    return restart(update(part(finalize(command))))
+    return _restart_option(_update_option(_part_option(_finalize_option(command))))
+
+
+def part_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Add --restart, --part and --finalize to a command whose result is not updated; pass them as `how: JobOptions`."""
+
+    @functools.wraps(function)
+    def command(*args: Any, restart: bool, part: str | None, finalize: bool, **options: Any) -> Any:
+        own = _own_part(part, finalize=finalize)
+        return function(*args, how=JobOptions(restart=restart, part=own, finalize=finalize), **options)
+
+    return _restart_option(_part_option(_finalize_option(command)))
+
+
+def _own_part(part: str | None, *, finalize: bool) -> Part | None:
+    return Part.parse(part) if part else None if finalize else Part.from_environment(os.environ)
 
 
 def output_options(function: Callable[..., Any]) -> Callable[..., Any]:

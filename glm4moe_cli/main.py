@@ -28,6 +28,11 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "inspect": ("glm4moe_cli.commands.inspect:command", "Say what a checkpoint is, and what is wrong with it."),
     "convert": ("glm4moe_cli.commands.convert:command", "Repack a checkpoint into another layout or dtype."),
     "quantize": ("glm4moe_cli.commands.quantize:command", "Quantize the weights of a checkpoint for serving engines."),
+    "calibrate": (
+        "glm4moe_cli.commands.calibrate:command",
+        "Run a checkpoint over text and keep what static scales need.",
+    ),
+    "shard": ("glm4moe_cli.commands.shard:command", "Cut a checkpoint into files for each rank, and put it together."),
     "verify": ("glm4moe_cli.commands.verify:command", "Prove that a converted checkpoint is as good as its source."),
     "generate": ("glm4moe_cli.commands.generate:command", "Smoke test: a prompt in, text out."),
     "doctor": ("glm4moe_cli.commands.doctor:command", "Say what this machine has, and what it can run."),

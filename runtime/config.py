@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from converters.errors import UsageError
+from converters.formats.inputs import ACTIVATIONS, FULL
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 DEVICES = ("cpu", "cuda")
@@ -20,6 +21,8 @@ class EngineConfig:
         dtype: of activations, unquantized weights and KV cache; router, norms, softmax and logits are fp32 in any case.
         device: where the model lives.
         moe_backend: what multiplies the experts.
+        activations: `full`: as they are; `as-served`: inputs of quantized layers are rounded as the checkpoint's config
+            has engines do it.
         max_context_tokens: prompt and output together; None = the model's max_position_embeddings.
         prefill_chunk_tokens: prompt tokens per forward pass; bounds the memory of attention scores.
     """
@@ -27,6 +30,7 @@ class EngineConfig:
     dtype: str = "bfloat16"
     device: str = "cpu"
     moe_backend: str = "vanilla"
+    activations: str = FULL
     max_context_tokens: int | None = None
     prefill_chunk_tokens: int = 512
 
@@ -35,6 +39,7 @@ class EngineConfig:
         _require_one_of("dtype", self.dtype, tuple(DTYPES))
         _require_one_of("device", self.device, DEVICES)
         _require_one_of("moe_backend", self.moe_backend, MOE_BACKENDS)
+        _require_one_of("activations", self.activations, ACTIVATIONS)
         _require_positive("prefill_chunk_tokens", self.prefill_chunk_tokens)
         if self.max_context_tokens is not None:
             _require_positive("max_context_tokens", self.max_context_tokens)

@@ -35,6 +35,8 @@ class Fault:
         pause: seconds before each piece of the body.
         piece: bytes of such a piece.
         silence: seconds before anything is answered.
+        hold: after so many bytes of the body, wait until the hub is told to go on; -1: before anything is answered.
+        pause_after: seconds before each piece from there on.
     """
 
     cut: int | None = None
@@ -47,6 +49,8 @@ class Fault:
     pause: float = 0.0
     piece: int = PIECE_BYTES
     silence: float = 0.0
+    hold: int | None = None
+    pause_after: float = 0.0
 
 
 def git_blob_id(data: bytes) -> str:
@@ -68,6 +72,7 @@ class FakeHub:
         self.requests: list[tuple[str, str, dict[str, str]]] = []  # server, path, headers
         self.token: str | None = None
         self.gated = False
+        self.go = threading.Event()  # ends what a fault holds
         self.siblings: list[dict[str, Any]] | None = None
         self.push("main", files)
         self.hub = self._serve("hub")
@@ -111,6 +116,7 @@ class FakeHub:
         return server
 
     def close(self) -> None:
+        self.go.set()
         for server in (self.hub, self.storage):
             server.shutdown()
             server.server_close()
@@ -149,12 +155,17 @@ class _Handler(BaseHTTPRequestHandler):
         faults = self.owner.faults[key]
         return faults.popleft() if faults else Fault()
 
+    def _keep_silent(self, fault: Fault) -> None:
+        time.sleep(fault.silence)
+        if fault.hold == -1:
+            self.owner.go.wait()
+
     def _authorized(self) -> bool:
         return self.owner.token is None or self.headers.get("Authorization") == f"Bearer {self.owner.token}"
 
     def _api(self, revision: str) -> None:
         fault = self._next_fault("api")
-        time.sleep(fault.silence)
+        self._keep_silent(fault)
         commit = self.owner.branches.get(revision, revision)
         if fault.status:
             self._send(fault.status, fault.body or b"", fault.headers)
@@ -179,7 +190,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _content(self, commit: str, file: str) -> None:
         fault = self._next_fault(file)
-        time.sleep(fault.silence)
+        self._keep_silent(fault)
         if fault.status:
             self._send(fault.status, fault.body or b"", fault.headers)
             return
@@ -201,6 +212,9 @@ class _Handler(BaseHTTPRequestHandler):
         end = len(body) if fault.cut is None else min(fault.cut, len(body))
         try:
             for start in range(0, end, fault.piece):
+                if fault.hold is not None and start >= fault.hold:
+                    self.owner.go.wait()
+                    time.sleep(fault.pause_after)
                 time.sleep(fault.pause)
                 piece = body[start : min(start + fault.piece, end)]
                 self.wfile.write(b"%x\r\n%b\r\n" % (len(piece), piece) if fault.chunked else piece)

@@ -135,12 +135,13 @@ class Fetcher:
     policy: RetryPolicy
     on_bytes: Callable[[int], None]
 
-    def fetch(self, file: ListedFile, stop: Event) -> None:
-        """Bring a file into its partial file, complete, proved and synced.
+    def fetch(self, file: ListedFile, stop: Event) -> Path:
+        """Bring a file into a partial file, complete, proved and synced, and return where that is.
 
         Raises:
             InputError: the server has other bytes than it listed; they are in quarantine.
             NetworkError: it refuses, or fails too often. ResourceError: the disk is full.
+            LockedError: another run took the partial file over.
             Cancelled: stop was set. What is there stays for the next run in either case.
         """
         course = _Course()
@@ -149,7 +150,7 @@ class Fetcher:
                 self._complete(partial, course, stop)
                 if partial.digest == file.digest:
                     partial.seal()
-                    return
+                    return partial.path
                 course.mismatches += 1
                 if course.from_one_answer or course.mismatches > 1:
                     self._refuse_digest(partial)

@@ -6,6 +6,7 @@ fetched, and published last, so that a folder whose download was killed is no ch
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from threading import Event
 
 from converters.checkpoint.index import INDEX_FILE, scan_checkpoint
@@ -16,7 +17,7 @@ from converters.errors import InputError, UsageError
 from converters.findings import Finding
 from converters.hub.fetch import Fetcher, HubClient, RetryPolicy
 from converters.hub.listing import ListedFile, check_name, read_listing, write_listing
-from converters.hub.partial import final_path, partial_path, publish, quarantine_path, remove_leftovers
+from converters.hub.partial import publish, put_aside, remove_leftovers
 from converters.hub.plan import DownloadPlan
 from converters.hub.pool import run_jobs
 from converters.hub.verify import check_files, held_bytes
@@ -55,8 +56,7 @@ def check_present(plan: DownloadPlan, num_workers: int, on_bytes: Progress) -> t
     damaged = {finding.subject: finding for finding in findings}
     for file in there:
         if file.path in damaged:
-            tag = damaged[file.path].found.split()[0]
-            final_path(plan.dst, file).replace(quarantine_path(plan.dst, file, tag))
+            put_aside(plan.dst, file, damaged[file.path].found.split()[0])
     proved = {file for file in there if file.path not in damaged}
     return findings, [file for file in plan.selection.files if file not in proved]
 
@@ -86,33 +86,37 @@ def fetch_files(
         )
     fetcher = Fetcher(client, plan.listing, plan.dst, policy or RetryPolicy(), on_bytes)
     last = sorted((file for file in files if file.path in LAST_FILES), key=lambda file: LAST_FILES.index(file.path))
-    run_jobs(last, fetcher.fetch, num_workers)
-    _check_index(plan)
+    sealed: dict[str, Path] = {}
+
+    def fetch_sealed(file: ListedFile, stop: Event) -> None:
+        sealed[file.path] = fetcher.fetch(file, stop)
+
+    run_jobs(last, fetch_sealed, num_workers)
+    _check_index(plan, sealed.get(INDEX_FILE, plan.dst / INDEX_FILE))
     refused: list[InputError] = []
 
     def fetch(file: ListedFile, stop: Event) -> None:
         try:
-            fetcher.fetch(file, stop)
+            partial = fetcher.fetch(file, stop)
         except InputError as error:
             refused.append(error)
         else:
-            publish(plan.dst, file)
+            publish(plan.dst, file, partial)
 
     run_jobs([file for file in files if file not in last], fetch, num_workers)
     if refused:
         raise _joined(refused)
     for file in last:
-        publish(plan.dst, file)
+        publish(plan.dst, file, sealed[file.path])
     remove_leftovers(plan.dst, plan.selection.files)
 
 
-def _check_index(plan: DownloadPlan) -> None:
-    """Refuse an index that names a file which the repository does not have."""
+def _check_index(plan: DownloadPlan, path: Path) -> None:
+    """Refuse an index, to be read at `path`, that names a file which the repository does not have."""
     listed = {file.path: file for file in plan.listing.files}
     if not plan.listing.is_whole or INDEX_FILE not in listed:
         return
-    partial, subject = partial_path(plan.dst, listed[INDEX_FILE]), f"{plan.listing.repo}: {INDEX_FILE}"
-    weight_map = read_json(partial if partial.exists() else plan.dst / INDEX_FILE).get("weight_map")
+    subject, weight_map = f"{plan.listing.repo}: {INDEX_FILE}", read_json(path).get("weight_map")
     if not isinstance(weight_map, dict) or any(type(name) is not str for name in weight_map.values()):
         raise InputError(subject, expected="weight_map from tensor names to file names", found="none")
     unlisted = sorted(set(weight_map.values()) - set(listed))

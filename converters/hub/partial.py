@@ -1,23 +1,28 @@
 """A file while it comes in: its bytes, a record of how many of them are safe, and the end of it, good or bad.
 
-    .glm4moe/partial/<name>.partial     the bytes, the whole size reserved
-    .glm4moe/partial/<name>.offset      digest and offset: so much of the file was written and synced
-    .glm4moe/quarantine/<name>.<hash>   bytes that are not the listed ones, kept to be looked at
+    .glm4moe/partial/<name>.<run>.partial   the bytes, the whole size reserved
+    .glm4moe/partial/<name>.<run>.offset    digest and offset: so much of the file was written and synced
+    .glm4moe/quarantine/<name>.<hash>       bytes that are not the listed ones, kept to be looked at
 
 A resume reads the recorded bytes again and goes on hashing where they end, so what is proved at the end is the file
 as it lies on the disk.
+
+No two runs write into one file, even where locks do not work: a run that finds a partial file takes it over by giving
+it a name of its own, and a run whose file was taken over, or published, ends at its next piece.
 """
 
+import errno
 import os
 import re
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from threading import Event
 from types import TracebackType
 
 from converters.checkpoint.journal import STATE_FOLDER
 from converters.checkpoint.writer import disk_errors, sync_folder
-from converters.errors import ResourceError, SecurityError
+from converters.errors import LockedError, ResourceError, SecurityError
 from converters.hub.listing import ListedFile, flat_name
 from converters.hub.pool import Cancelled
 
@@ -25,21 +30,34 @@ from converters.hub.pool import Cancelled
 SYNC_BYTES = 32 << 20
 HASH_BLOCK_BYTES = 1 << 20
 HEAD_BYTES = 512
+# with its suffix the longest listed name has the 255 bytes that file systems allow
+RUN_DIGITS = 6
+PARTIAL_SUFFIX, OFFSET_SUFFIX = ".partial", ".offset"
 PARTIAL_FOLDER = "partial"
 QUARANTINE_FOLDER = "quarantine"
 _RECORD = re.compile(rb"([0-9a-f]{40,64}) (\d{20})\n")
+_PARTIAL = re.compile(rf"(.+)\.[0-9a-f]{{{RUN_DIGITS}}}\.(?:partial|offset)")
 
 
-def partial_path(dst: Path, file: ListedFile) -> Path:
-    """Return where the bytes of a file are gathered."""
-    return dst / STATE_FOLDER / PARTIAL_FOLDER / f"{flat_name(file.path)}.partial"
+def partial_paths(dst: Path, file: ListedFile) -> list[Path]:
+    """Return the partial files that runs left of a file or are at work on."""
+    name = re.compile(rf"{re.escape(flat_name(file.path))}\.[0-9a-f]{{{RUN_DIGITS}}}{PARTIAL_SUFFIX}")
+    folder = dst / STATE_FOLDER / PARTIAL_FOLDER
+    try:
+        return sorted(folder / found for found in os.listdir(folder) if name.fullmatch(found))
+    except FileNotFoundError:
+        return []
 
 
 def recorded_offset(dst: Path, file: ListedFile) -> int:
-    """Return how many leading bytes of the file are there and synced; 0 if its record is of other content."""
-    path = partial_path(dst, file)
+    """Return how many leading bytes of the file are there and synced, in the partial file that has most of it."""
+    return max((_recorded(path, file) for path in partial_paths(dst, file)), default=0)
+
+
+def _recorded(path: Path, file: ListedFile) -> int:
+    """Return the recorded bytes of one partial file; 0 if its record is of other content."""
     try:
-        match = _RECORD.fullmatch(path.with_suffix(".offset").read_bytes())
+        match = _RECORD.fullmatch(path.with_suffix(OFFSET_SUFFIX).read_bytes())
         held_bytes = path.stat().st_size
     except FileNotFoundError:
         return 0
@@ -51,9 +69,13 @@ def recorded_offset(dst: Path, file: ListedFile) -> int:
 
 def reserved_bytes(dst: Path, file: ListedFile) -> int:
     """Return the disk space that the partial file already takes."""
+    return max((_taken_bytes(path, file) for path in partial_paths(dst, file)), default=0)
+
+
+def _taken_bytes(path: Path, file: ListedFile) -> int:
     try:
-        return min(file.size, partial_path(dst, file).stat().st_blocks * 512)
-    except FileNotFoundError:
+        return min(file.size, path.stat().st_blocks * 512)
+    except FileNotFoundError:  # finished meanwhile
         return 0
 
 
@@ -66,7 +88,7 @@ class PartialFile:
     def __init__(self, dst: Path, file: ListedFile, stop: Event) -> None:
         self.dst = dst
         self.file = file
-        self.path = partial_path(dst, file)
+        self.path = dst / STATE_FOLDER / PARTIAL_FOLDER / f"{flat_name(file.path)}.{_run_name()}{PARTIAL_SUFFIX}"
         self.offset = 0
         self._stop = stop
         self._synced = 0
@@ -75,15 +97,16 @@ class PartialFile:
         self._descriptor = -1
 
     def __enter__(self) -> "PartialFile":
-        """Open the file and hash the recorded bytes.
+        """Take over what an earlier run left, or begin; hash the recorded bytes.
 
         Raises:
             Cancelled: the run stops meanwhile.
         """
         with disk_errors(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._take_over()
             self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        recorded = recorded_offset(self.dst, self.file)
+        recorded = _recorded(self.path, self.file)
         while self.offset < recorded:
             if self._stop.is_set():
                 os.close(self._descriptor)
@@ -98,10 +121,30 @@ class PartialFile:
 
     def __exit__(self, _: type[BaseException] | None, error: BaseException | None, __: TracebackType | None) -> None:
         try:
-            if self.offset > self._synced and not isinstance(error, ResourceError):
+            if self.offset > self._synced and not isinstance(error, ResourceError | LockedError):
                 self.checkpoint()
         finally:
             os.close(self._descriptor)
+
+    def _take_over(self) -> None:
+        """Give the partial file that has most of the bytes our name; of several runs that try, one succeeds."""
+        for path in sorted(partial_paths(self.dst, self.file), key=lambda path: -_recorded(path, self.file)):
+            try:
+                os.rename(path, self.path)
+            except FileNotFoundError:  # another run was faster
+                continue
+            with suppress(FileNotFoundError):
+                os.rename(path.with_suffix(OFFSET_SUFFIX), self.path.with_suffix(OFFSET_SUFFIX))
+            return
+
+    def _check_own(self) -> None:
+        """Refuse to go on with a file that another run took over, which only happens where locks do not work.
+
+        Raises:
+            FileNotFoundError: it did; `disk_errors` says what that means.
+        """
+        if not self.path.exists():
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(self.path))
 
     def reserve(self) -> None:
         """Take the disk space of the whole file.
@@ -115,10 +158,15 @@ class PartialFile:
         self._reserved = True
 
     def append(self, data: bytes) -> None:
-        """Write and hash the next bytes; every SYNC_BYTES make them safe."""
+        """Write and hash the next bytes; every SYNC_BYTES make them safe.
+
+        Raises:
+            LockedError: another run took the file over. ResourceError: the disk is full.
+        """
         assert self.offset + len(data) <= self.file.size, (self.file, self.offset, len(data))
         self._hash.update(data)
         with disk_errors(self.path):
+            self._check_own()
             view = memoryview(data)
             while len(view):
                 count = os.pwrite(self._descriptor, view, self.offset)
@@ -129,6 +177,7 @@ class PartialFile:
     def checkpoint(self) -> None:
         """Sync what is written, then record that it is: never the other way round."""
         with disk_errors(self.path):
+            self._check_own()
             os.fsync(self._descriptor)
             self._write_record(self.offset)
         self._synced = self.offset
@@ -136,7 +185,9 @@ class PartialFile:
     def restart(self) -> int:
         """Forget all bytes and return how many they were."""
         lost = self.offset
-        self._write_record(0)
+        with disk_errors(self.path):
+            self._check_own()
+            self._write_record(0)
         self.offset = self._synced = 0
         self._hash = self.file.new_hash()
         return lost
@@ -164,16 +215,17 @@ class PartialFile:
     def quarantine(self) -> Path:
         """Move the wrong bytes aside and return where they are."""
         target = quarantine_path(self.dst, self.file, self.digest)
-        os.ftruncate(self._descriptor, self.offset)
-        os.replace(self.path, target)
+        with disk_errors(self.path):
+            os.replace(self.path, target)
+            os.ftruncate(self._descriptor, self.offset)
+            self.path.with_suffix(OFFSET_SUFFIX).unlink(missing_ok=True)
         self._synced = self.offset
-        self.path.with_suffix(".offset").unlink(missing_ok=True)
         return target
 
     def _write_record(self, offset: int) -> None:
         """Overwrite the record; it always has the same length, far below a sector."""
         flags = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC
-        descriptor = os.open(self.path.with_suffix(".offset"), flags, 0o666)
+        descriptor = os.open(self.path.with_suffix(OFFSET_SUFFIX), flags, 0o666)
         try:
             os.pwrite(descriptor, f"{self.file.digest} {offset:020}\n".encode(), 0)
             os.fsync(descriptor)
@@ -200,9 +252,13 @@ def final_path(dst: Path, file: ListedFile) -> Path:
     return path
 
 
-def publish(dst: Path, file: ListedFile) -> None:
-    """Give a sealed partial file its final name, durably."""
-    path, partial = final_path(dst, file), partial_path(dst, file)
+def publish(dst: Path, file: ListedFile, partial: Path) -> None:
+    """Give a sealed partial file its final name, durably.
+
+    Raises:
+        LockedError: another run took it over.
+    """
+    path = final_path(dst, file)
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         os.replace(partial, path)
@@ -210,14 +266,32 @@ def publish(dst: Path, file: ListedFile) -> None:
             sync_folder(folder)
             if folder == dst:
                 break
-    partial.with_suffix(".offset").unlink(missing_ok=True)
+    partial.with_suffix(OFFSET_SUFFIX).unlink(missing_ok=True)
+
+
+def put_aside(dst: Path, file: ListedFile, tag: str) -> None:
+    """Move a file with a final name whose bytes are wrong into quarantine.
+
+    Raises:
+        LockedError: another run did so meanwhile.
+    """
+    path = final_path(dst, file)
+    with disk_errors(path):
+        path.replace(quarantine_path(dst, file, tag))
 
 
 def remove_leftovers(dst: Path, files: Iterable[ListedFile]) -> None:
     """Remove what killed runs left beside these files, all of which have their final names."""
-    for file in files:
-        for path in (partial_path(dst, file), partial_path(dst, file).with_suffix(".offset")):
-            path.unlink(missing_ok=True)
     folder = dst / STATE_FOLDER / PARTIAL_FOLDER
-    if folder.exists() and not any(folder.iterdir()):
+    names = {flat_name(file.path) for file in files}
+    for entry in os.listdir(folder) if folder.exists() else ():
+        match = _PARTIAL.fullmatch(entry)
+        if match is not None and match[1] in names:
+            (folder / entry).unlink(missing_ok=True)
+    # it stays where other files are on their way
+    with suppress(OSError):
         folder.rmdir()
+
+
+def _run_name() -> str:
+    return os.urandom(RUN_DIGITS // 2).hex()

@@ -11,6 +11,7 @@ from converters.hub.fetch import HubClient
 from converters.hub.listing import ListedFile, Listing, Selection, read_listing, select
 from converters.hub.partial import final_path, recorded_offset, reserved_bytes
 from converters.hub.verify import held_bytes
+from converters.remote import HubId
 
 DEFAULT_REVISION = "main"
 
@@ -24,6 +25,17 @@ class Request:
     revision: str | None = None
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be a repository's name, before anybody is asked for it."""
+        hub_id = HubId.parse(self.repo)
+        if hub_id is None or hub_id.repo != self.repo:
+            raise UsageError(
+                f"REPO {self.repo!r}",
+                expected="org/name, as the hub spells it",
+                found=repr(self.repo),
+                next_step="A branch, tag or commit goes into --revision." if hub_id else "",
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,9 +147,11 @@ def _kept_listing(request: Request) -> Listing | None:
     dst, subject = request.dst, f"DST {request.dst}"
     if not dst.exists():
         return None
+    # before the listing is looked for: of another run, that is written before any file
+    has_others = any(path.name != STATE_FOLDER for path in dst.iterdir())
     kept = read_listing(dst)
     if kept is None:
-        if any(path.name != STATE_FOLDER for path in dst.iterdir()) or (dst / STATE_FOLDER / JOB_FILE).exists():
+        if has_others or (dst / STATE_FOLDER / JOB_FILE).exists():
             raise UsageError(
                 subject,
                 expected="an empty or new folder, or one that this command began",

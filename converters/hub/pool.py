@@ -2,10 +2,12 @@
 
 from collections import deque
 from collections.abc import Callable, Iterable
-from concurrent.futures import FIRST_EXCEPTION, Future, wait
+from concurrent.futures import Future, wait
 from threading import Event, Thread
 from types import TracebackType
 from typing import TypeVar
+
+from converters.waiting import wait_for_all
 
 Item = TypeVar("Item")
 # what a stopped thread has for its last checkpoint; one that waits for a silent server is left behind
@@ -34,12 +36,10 @@ def run_jobs(items: Iterable[Item], work: Callable[[Item, Event], None], num_wor
 
     ended = start_threads(loop, min(num_workers, len(todo)))
     try:
-        done, _ = wait(ended, return_when=FIRST_EXCEPTION)
+        wait_for_all(ended)
     finally:
         stop.set()
         wait(ended, timeout=GRACE_SECONDS)
-    for future in done:
-        future.result()
 
 
 def start_threads(loop: Callable[[], None], count: int) -> list["Future[None]"]:

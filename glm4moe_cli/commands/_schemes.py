@@ -8,6 +8,7 @@ import click
 
 from converters.quant.choice import QuantizeOptions
 from converters.quant.scheme import (
+    DEFAULT_SEARCH,
     GROUP_SIZES,
     KV_CACHE_DTYPES,
     ROLES,
@@ -83,7 +84,7 @@ _search_option = _enum_option(
     "--scale-search",
     ScaleSearch,
     "search",
-    show_default="none",
+    show_default=f"{DEFAULT_SEARCH}, unless another's bytes are asked for",
     help="Local scales of NVFP4: from the largest magnitude, or by the least squared error.",
 )
 

@@ -1,14 +1,21 @@
 """`glm4moe convert`: a checkpoint in, the same weights out in another layout, dtype or shards, with or without MTP."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import click
 
 from converters.convert import ConvertOptions, MtpChoice, plan_convert
+from converters.errors import UsageError
 from converters.job import JobOptions
 from converters.layout import Layout
 from converters.pipeline import RunOptions
+from converters.quant.scheme import Format
+from converters.reformat import FORMATS, ReformatOptions, plan_reformat
 from converters.remote import HubId
+from converters.shard.mapping import ParallelMapping
+from converters.shard.plan import ShardOptions
+from glm4moe_cli._mapping import mapping_options
 from glm4moe_cli._options import (
     disk_budget_option,
     dry_run_option,
@@ -22,11 +29,14 @@ from glm4moe_cli._options import (
 )
 from glm4moe_cli._output import Output
 from glm4moe_cli.commands._conversion import plan_and_run
+from glm4moe_cli.commands._sharding import planned
 from glm4moe_cli.commands._source import Request, opened
 
 EXAMPLE = """\b
 Example:
   glm4moe convert GLM-4.6-FP8 GLM-4.6-packed --layout packed --dequantize
+  glm4moe convert GLM-4.6-FP8 GLM-4.6-ranks --layout packed --tp 8 --ep 8
+  glm4moe convert GLM-4.6-NVFP4 GLM-4.6-ModelOpt --format modelopt
 """
 
 
@@ -55,6 +65,14 @@ Example:
     show_default=True,
     help="The MTP layer: in its place, left out, or in a file of its own.",
 )
+@click.option(
+    "--format",
+    "to_format",
+    type=click.Choice([format_.value for format_ in FORMATS]),
+    show_default="as in SRC",
+    help="NVFP4 only: write the other dialect's names, scales and config, with the same codes.",
+)
+@mapping_options
 @max_shard_size_option
 @disk_budget_option
 @dry_run_option
@@ -70,6 +88,8 @@ def command(
     dtype: str | None,
     dequantize: bool,
     mtp: str,
+    to_format: str | None,
+    mapping: ParallelMapping | None,
     max_shard_size: int,
     disk_budget: int | None,
     dry_run: bool,
@@ -77,7 +97,7 @@ def command(
     workers: int,
     max_memory: int,
 ) -> None:
-    """Repack the checkpoint SRC into the new folder DST.
+    """Repack the checkpoint SRC into the new folder DST; with --tp, --ep or --pp, into files for each rank.
 
     Bits change only where --dtype or --dequantize asks for it. DST has no index and no config.json until all else is
     written.
@@ -89,6 +109,38 @@ def command(
         mtp=MtpChoice(mtp),
         max_shard_bytes=max_shard_size,
     )
+    _check_together(options, to_format, mapping)
+    if mapping and (how.update or disk_budget is not None):
+        raise UsageError(
+            "--tp, --ep, --pp",
+            expected="no --update or --disk-budget beside them: all ranks are written together, anew",
+            found="one",
+            next_step=f"'glm4moe download' the source first, or convert into a new folder instead of {dst}.",
+        )
     with opened(output, Request(src, dst, disk_budget, dry_run), how) as (source, how):
-        conversion = plan_convert(source, options)
+        if to_format:
+            reformat = ReformatOptions(format=Format(to_format), max_shard_bytes=max_shard_size)
+            conversion = plan_reformat(source, reformat)
+        elif mapping:
+            conversion = planned(output, source, ShardOptions(mapping=mapping, convert=options), "convert")
+        else:
+            conversion = plan_convert(source, options)
         plan_and_run(output, conversion, dst, (RunOptions(workers, max_memory), how), dry_run=dry_run)
+
+
+def _check_together(options: ConvertOptions, to_format: str | None, mapping: ParallelMapping | None) -> None:
+    """Refuse options that need a pass of their own."""
+    if to_format and (mapping or replace(options, max_shard_bytes=0) != ConvertOptions(max_shard_bytes=0)):
+        raise UsageError(
+            f"--format {to_format}",
+            expected="no --layout, --dtype, --dequantize, --mtp, --tp, --ep or --pp beside it",
+            found="one",
+            next_step="Convert twice.",
+        )
+    if mapping and options.mtp is MtpChoice.SEPARATE:
+        raise UsageError(
+            f"--mtp {options.mtp}",
+            expected="no --tp, --ep or --pp beside it",
+            found="one",
+            next_step="The MTP layer is on the ranks of the last stage; drop it or keep it there.",
+        )

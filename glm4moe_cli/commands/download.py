@@ -8,7 +8,7 @@ from converters.download import Hub
 from converters.errors import UsageError
 from converters.hub.job import DEFAULT_WORKERS
 from converters.hub.plan import Request
-from glm4moe_cli._options import dry_run_option, dst_argument, output_options
+from glm4moe_cli._options import TextName, dry_run_option, dst_argument, output_options
 from glm4moe_cli._output import Output
 from glm4moe_cli.commands._download import fetch, verify
 
@@ -20,7 +20,7 @@ Examples:
 
 
 @click.command(epilog=EXAMPLE)
-@click.argument("repo", metavar="REPO")
+@click.argument("repo", metavar="REPO", type=TextName())
 @dst_argument
 @click.option("--revision", metavar="R", show_default="main", help="Branch, tag or commit.")
 @click.option("--include", multiple=True, metavar="GLOB", help="Fetch only files that match; may be repeated.")

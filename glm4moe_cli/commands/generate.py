@@ -8,7 +8,7 @@ import click
 
 from converters.config import Glm4MoeConfig
 from converters.errors import UsageError
-from glm4moe_cli._options import checkpoint_argument, device_option, output_options
+from glm4moe_cli._options import PathName, checkpoint_argument, device_option, output_options
 from glm4moe_cli._output import Output
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ Examples:
 @click.option("--prompt", metavar="TEXT", help="What to continue, or with --chat to answer.")
 @click.option(
     "--prompts-file",
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    type=PathName(exists=True, dir_okay=False),
     metavar="FILE",
     help="UTF-8 file with one prompt a line.",
 )

@@ -81,7 +81,7 @@ def test_arithmetic_reaches_the_bytes(tmp_path: Path) -> None:
             "--max-memory: expected at least 192",
         ),
         (["quantize", "SMALL", "NEW"], 2, "Missing option '--scheme'"),
-        (["quantize", "SMALL", "NEW", "--scheme", "fp4"], 2, "'fp4' is not"),
+        (["quantize", "SMALL", "NEW", "--scheme", "fp4"], 2, "--scheme: expected one of fp8, fp8-block,"),
     ],
 )
 def test_request_that_cannot_work_is_refused_and_writes_nothing(
@@ -147,3 +147,20 @@ def test_checkpoint_without_the_announced_mtp_layer_gives_a_warning(
     assert printed.err.splitlines()[0] == f"Warning: {note}"
     document = json.loads(printed.out)
     assert document["warnings"] == document["result"]["plan"]["notes"] == [note]
+
+
+@pytest.mark.parametrize(
+    ("options", "loads_in"),
+    [
+        ([], "what loads this quantization format; its codes are copied as they are"),
+        (["--layout", "packed"], "not known for quantized weights in this layout; --layout split is what engines load"),
+        (["--layout", "packed", "--dequantize"], "transformers, vLLM"),
+        (["--layout", "fused", "--dequantize"], "this tool only; convert it back with --layout split"),
+    ],
+)
+def test_forecast_names_engines_only_where_they_are_known(
+    small: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], loads_in: str
+) -> None:
+    assert run(["quantize", str(small), str(tmp_path / "fp8"), "--scheme", "fp8", "-q"]) == 0
+    assert run(["convert", str(tmp_path / "fp8"), str(tmp_path / "dst"), *options, "--dry-run"]) == 0
+    assert f"loads in\t{loads_in}\n" in capsys.readouterr().out

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from builders import read_tensors, small_config, write_checkpoint
+from builders import read_tensors, small_checkpoint, small_config, write_checkpoint
 
 from converters.transforms.rows import QuantizeFp8Channel
 from glm4moe_cli.main import run
@@ -256,3 +256,50 @@ def test_files_of_the_old_result_are_closed(small: Path, tmp_path: Path) -> None
     for size in ("90kB", "40kB", "70kB"):
         assert call(small, dst, (*FP8[:-3], "--max-shard-size", size, "-q"), "--update") == 0
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+@pytest.fixture
+def reads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Sizes of the buffers that are filled from files."""
+    sizes: list[int] = []
+    preadv = os.preadv
+
+    def noted(descriptor: int, buffers: list[memoryview], offset: int) -> int:
+        sizes.append(len(buffers[0]))
+        return preadv(descriptor, buffers, offset)
+
+    monkeypatch.setattr(os, "preadv", noted)
+    return sizes
+
+
+def test_max_memory_bounds_what_is_copied_and_proved(tmp_path: Path, reads: list[int]) -> None:
+    """Both once went through 8 MiB for each worker, whatever was allowed."""
+    src, dst = small_checkpoint(tmp_path / "src", vocab_size=3000), tmp_path / "dst"
+    limited = ("--max-memory", "128KiB", "--workers", "2")
+    before, after = (("convert", "SRC", "DST", "-q", "--max-shard-size", size) for size in ("300kB", "400kB"))
+    assert call(src, dst, before, *limited) == 0
+    reads.clear()
+    assert call(src, dst, after, "--update", *limited) == 0
+    assert 40_000 < max(reads) <= 64 << 10
+    # opened again, the result is proved, and what it was made of is read again
+    (dst / "LICENSE").unlink()
+    for path in src.iterdir():
+        os.utime(path, (1, 1))
+    reads.clear()
+    assert call(src, dst, after, *limited) == 0
+    assert 40_000 < max(reads) <= 64 << 10
+    assert sum(reads) > 2 * sum(path.stat().st_size for path in src.glob("*.safetensors"))
+
+
+def test_forecast_of_an_update_counts_the_old_result_too(
+    small: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    dst = tmp_path / "dst"
+    assert call(small, dst, FP8) == 0
+    held = sum(path.stat().st_size for path in dst.glob("*.safetensors"))
+    assert call(small, dst, EXACT[:-3], "--arithmetic", "compressed-tensors", "--update", "--dry-run", "--json") == 0
+    forecast = json.loads(capsys.readouterr().out)["result"]["forecast"]
+    assert forecast["peak_disk_bytes"] == forecast["write_bytes"] + held
+    args = [arg for arg in EXACT if arg != "-q"]
+    assert call(small, dst, tuple(args), "--update", "--dry-run") == 0
+    assert "; with the old result, which stays until the new one is whole, at most " in capsys.readouterr().out

@@ -329,28 +329,37 @@ def test_dequantize_needs_a_quantized_source(small: Path) -> None:
 
 
 def test_memory_of_dequantizing_stays_within_what_is_planned(tmp_path: Path) -> None:
-    """A child restores a wide model in bounded memory; its peak stays near that of a child that only plans."""
+    """A child restores a wide model in bounded memory; its memory stays near what it was before.
+
+    What the child owns is judged, not the pages of libraries that it touches; and the allocator gives back at once
+    what is freed. Beside the planned blocks there are stacks of threads, records and digests; a stack of experts or a
+    whole tensor kept in memory would be 32 MiB or more.
+    """
+    import os
     import subprocess
     import sys
 
     sizes = {**SIZES, "hidden_size": 2048, "intermediate_size": 4096, "num_hidden_layers": 1}
     src, _ = quantized_checkpoint(tmp_path / "src", DIALECTS["ct-nvfp4"], **sizes)
-    peaks = []
-    for do_run in (False, True):
-        code = f"""
+    code = f"""
 from pathlib import Path
 from converters.convert import *; from converters.job import run; from converters.pipeline import RunOptions
 from converters.source import open_source
 import torch
 torch.zeros(8).to(torch.bfloat16)
-options = RunOptions(2, 16 << 20)
+own = lambda: int(Path("/proc/self/status").read_text().split("RssAnon:")[1].split()[0]) * 1024
+options, samples = RunOptions(2, 8 << 20), []
 with open_source(Path({str(src)!r})) as source:
     plan = plan_convert(source, ConvertOptions(dequantize=True, layout=Layout.FUSED))
-    assert plan.summary(options)["peak_block_bytes"] <= 16 << 20
-    if {do_run}:
-        run(plan, Path({str(tmp_path / "dst")!r}), options, lambda n: None)
-print(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
+    assert plan.summary(options)["peak_block_bytes"] <= 8 << 20
+    before = own()
+    # called by the workers while they hold their blocks
+    run(plan, Path({str(tmp_path / "dst")!r}), options, lambda n: samples.append(own()))
+print(len(samples), max(samples) - before)
 """
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
-        peaks.append(int(done.stdout) * 1024)
-    assert peaks[1] - peaks[0] < 40 << 20
+    allocator = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    environment = {**os.environ, **allocator}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    count, grown = map(int, done.stdout.split())
+    assert count > 50
+    assert grown < 24 << 20

@@ -1,6 +1,7 @@
 """convert --layout: every pair of layouts there and back bit for bit, and what other programs make of the results."""
 
 import json
+from hashlib import sha256
 from itertools import permutations
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,13 @@ import torch
 from builders import assert_same_tensors, random_tensors, read_tensors, small_checkpoint, small_config, write_checkpoint
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from quantized import DIALECTS, quantized_checkpoint
 
 from converters.config import Glm4MoeConfig
 from converters.conversion import Conversion
 from converters.convert import ConvertOptions, MtpChoice, plan_convert
 from converters.errors import ConfigError, InputError, UsageError
+from converters.formats.declared import MODELOPT_FILE
 from converters.job import run
 from converters.layout import Layout, StoredLayout, detect_layout
 from converters.pipeline import RunOptions
@@ -185,8 +188,11 @@ def test_packed_loads_in_transformers_with_the_same_logits(tiny: Path, tmp_path:
         model, info = Glm4MoeForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
         assert not info["missing_keys"]
         assert not info["mismatched_keys"]
-        mtp = f"model.layers.{model.config.num_hidden_layers}."
-        assert all(key.startswith(mtp) for key in info["unexpected_keys"])
+        # transformers packs split experts itself, and has no MTP layer: all of it, and nothing else, is left over
+        names, mtp = read_tensors(tmp_path / "dst"), f"model.layers.{model.config.num_hidden_layers}."
+        left_over = {name for name in names if name.startswith(mtp)}
+        assert left_over
+        assert set(info["unexpected_keys"]) == left_over
         logits.append(model(ids).logits)
     assert torch.equal(*logits)
 
@@ -340,8 +346,10 @@ def test_slot_of_another_format_than_the_routed_experts_is_refused(small: Path, 
     convert(src, tmp_path / "dst", layout=Layout.FUSED_SHARED, dequantize=True)
 
 
-def test_quantize_asks_for_the_split_layout(small: Path, tmp_path: Path) -> None:
-    convert(small, tmp_path / "there", layout=Layout.PACKED)
+def test_quantize_refuses_a_weight_that_the_layout_has_cut_up(tmp_path: Path) -> None:
+    """Each slot would get scales of its own; one slot for the whole shared expert is as good as the split layout."""
+    src = small_checkpoint(tmp_path / "src", n_shared_experts=2)
+    convert(src, tmp_path / "there", layout=Layout.FUSED_SHARED)
     with open_source(tmp_path / "there") as source, pytest.raises(UsageError, match="--layout split' first"):
         plan_quantize(source, QuantizeOptions(scheme="fp8"))
 
@@ -389,3 +397,32 @@ def test_every_tensor_has_its_random_values_only_once() -> None:
     """A piece that lands at another's place would go unnoticed if the values were alike."""
     tensors = random_tensors(expand(Glm4MoeConfig.from_hf(small_config())))
     assert len({value.float().sum().item() for value in tensors.values()}) == len(tensors)
+
+
+def test_modelopts_own_file_names_modules_as_the_config_does(tmp_path: Path) -> None:
+    """ModelOpt keeps the list twice; readers take either. Only the names change, and a way back restores the file."""
+    src, _ = quantized_checkpoint(tmp_path / "src", DIALECTS["modelopt-fp8"])
+    experts = [f"model.layers.1.mlp.experts.{number}" for number in range(config_of(src)["n_routed_experts"])]
+    before = ["lm_head", "model.layers.0.self_attn*", *(f"{e}.{x}_proj" for e in experts for x in ("gate", "up"))]
+    own = json.loads((src / MODELOPT_FILE).read_text())
+    own["quantization"]["exclude_modules"] = before
+    (src / MODELOPT_FILE).write_text(json.dumps(own))
+    config = config_of(src)
+    config["quantization_config"]["exclude_modules"] = before
+    (src / "config.json").write_text(json.dumps(config))
+    convert(src, tmp_path / "packed", layout=Layout.PACKED)
+    after = json.loads((tmp_path / "packed" / MODELOPT_FILE).read_text())
+    assert after["quantization"]["exclude_modules"] == [*before[:2], "model.layers.1.mlp.experts.gate_up_proj"]
+    assert after == {**own, "quantization": {**own["quantization"], **after["quantization"]}}
+    assert config_of(tmp_path / "packed")["quantization_config"]["exclude_modules"] == [
+        *before[:2],
+        "model.layers.1.mlp.experts.gate_up_proj",
+    ]
+    manifest = json.loads((tmp_path / "packed" / "glm4moe-manifest.json").read_text())
+    assert manifest["files"][MODELOPT_FILE] == sha256((tmp_path / "packed" / MODELOPT_FILE).read_bytes()).hexdigest()
+    convert(tmp_path / "packed", tmp_path / "back", layout=Layout.SPLIT)
+    assert sorted(json.loads((tmp_path / "back" / MODELOPT_FILE).read_text())["quantization"]["exclude_modules"]) == (
+        sorted(before)
+    )
+    convert(src, tmp_path / "copy")
+    assert (tmp_path / "copy" / MODELOPT_FILE).read_bytes() == (src / MODELOPT_FILE).read_bytes()

@@ -26,6 +26,20 @@ def runner() -> Iterator[Runner]:
     server.close()
 
 
+@pytest.fixture(scope="session")
+def second_runner() -> Iterator[Runner]:
+    """Another server, for a run beside the first."""
+    server = Runner()
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def lanes(runner: Runner, second_runner: Runner) -> tuple[Runner, ...]:
+    """Servers for runs that have nothing to do with each other, at once."""
+    return runner, second_runner
+
+
 @pytest.fixture
 def work(tmp_path: Path) -> Iterator[Path]:
     """An empty folder, in memory where possible: thousands of runs sync hundreds of thousands of files."""

@@ -2,15 +2,19 @@
 
 import hashlib
 import io
+import itertools
 import json
 import os
 import shutil
 import subprocess
 import sys
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from converters.checkpoint.manifest import MANIFEST_FILE
 from converters.errors import Glm4MoeError
@@ -19,21 +23,22 @@ from glm4moe_cli import main
 
 ROOT = Path(__file__).resolve().parents[2]
 KILLED = -9
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
 class Ended:
     """How a run ended.
 
-    Exit code or minus the signal; seconds from its first point to its end, and from the first signal; points passed;
+    Exit code or minus the signal; seconds from its first point to its end; points passed; reads, if they are followed;
     what it printed.
     """
 
     code: int
     seconds: float
     points: int
+    reads: int
     text: str
-    stopped_after: float
 
 
 class Runner:
@@ -60,7 +65,7 @@ class Runner:
 
     def close(self) -> None:
         """End the server."""
-        self._process.communicate(timeout=10)
+        self._process.communicate()
 
 
 def digests(folder: Path) -> dict[str, str]:
@@ -111,12 +116,17 @@ class Job:
         self.check_finished(self.run(**request) if request else self._run_here())
         self.clear()
 
+    def finish_apart(self) -> None:
+        """Do as `finish` does, in a fork: what several threads do at once may not share stdout."""
+        self.check_finished(self.run())
+        self.clear()
+
     def _run_here(self) -> Ended:
         """Run the command in this process, which spares a fork: undisturbed, it makes no difference."""
         command, *options = self.command
         with io.StringIO() as text, redirect_stdout(text), redirect_stderr(text):
             code = main.run([command, str(self.src), str(self.dst), *options])
-            return Ended(code, 0.0, 0, text.getvalue(), 0.0)
+            return Ended(code, 0.0, 0, 0, text.getvalue())
 
     def clear(self) -> None:
         """Remove the output."""
@@ -131,6 +141,31 @@ def make_job(runner: Runner, command: tuple[str, ...], src: Path, work: Path) ->
     job.expected.update(digests(job.dst))
     job.clear()
     return job
+
+
+def each_point(job: Job, lanes: Sequence[Runner], disturb: Callable[[Job, int], T | None], step: int = 1) -> list[T]:
+    """Disturb runs at points 1, 1 + step and so on, on all lanes at once, until a run ends before its point.
+
+    Args:
+        disturb: gets a job with a folder of its own and the point; returns None for a run that ended before it.
+    Returns:
+        What it returned for each point that was reached, in any order.
+    """
+    points, results, over = itertools.count(1, step), list[T](), threading.Event()
+
+    def work(number: int) -> None:
+        own = Job(lanes[number], job.command, job.src, job.dst.with_name(f"{job.dst.name}-{number}"), job.expected)
+        while not over.is_set():
+            try:
+                result = disturb(own, next(points))
+            except BaseException:
+                over.set()
+                raise
+            over.set() if result is None else results.append(result)
+
+    with ThreadPoolExecutor(len(lanes)) as pool:
+        list(pool.map(work, range(len(lanes))))
+    return results
 
 
 def accepted(folder: Path) -> bool:

@@ -17,6 +17,8 @@ from typing import Any
 
 from tests.faults.disk import Disk
 
+# longer than anything takes that goes on at all
+PATIENCE_SECONDS = 300
 # what takes room on a full disk; removing does not
 SPACE = frozenset({"open", "write", "fallocate", "fsync", "replace", "mkdir"})
 
@@ -30,15 +32,31 @@ class Points:
         at: number of the point where `action` happens, 0 for none.
         action: `kill` ends the process in the middle of the call, `power` too and drops what is not synced;
             `full` makes this and every later call fail that needs space; `EIO` and its like fail this call once;
-            `short` does half of a write and goes on.
+            `short` does half of a write and goes on; `SIGTERM` and its like send the process this signal, and the call
+            goes on when it was noticed.
+        again: send the same signal once more, so many points later.
         seed: which of the unsynced names survive a power loss; None for none.
-        delay: seconds each write takes longer, to have time for a signal.
+        delay: seconds each write takes longer.
+        hold: a call on a name with this in it waits until a signal was noticed, or until the file `until` is there:
+            the run cannot be over before what is to happen to it has happened, however slow the machine is.
     """
 
     def __init__(
-        self, folder: str, counter: Any, *, at: int = 0, action: str = "", seed: int | None = None, delay: float = 0.0
+        self,
+        folder: str,
+        counter: Any,
+        *,
+        at: int = 0,
+        action: str = "",
+        again: int = 0,
+        seed: int | None = None,
+        delay: float = 0.0,
+        hold: str = "",
+        until: str = "",
     ) -> None:
         self.folder, self.counter, self.at, self.action, self.delay = folder, counter, at, action, delay
+        self.again, self.hold, self.until = again, hold, until
+        self.noticed = threading.Event()
         self.parent = os.path.dirname(folder)
         self.random = None if seed is None else random.Random(seed)
         self.disk = Disk(folder) if action == "power" else None
@@ -51,10 +69,15 @@ class Points:
             return act()
         if self.delay and kind == "write":
             time.sleep(self.delay)
+        if self.hold and self.hold in os.path.basename(path):
+            self._wait()
         with self._lock:
             number = int.from_bytes(self.counter[:8], "little") + 1
             self.counter[:8] = number.to_bytes(8, "little")
-            if number == self.at:
+        if self.action.startswith("SIG") and number in (self.at, self.at + self.again):
+            self.send(self.action)
+        with self._lock:
+            if number == self.at and not self.action.startswith("SIG"):
                 result = self._strike(kind, path, half)
                 if result is not None:
                     return result
@@ -76,6 +99,34 @@ class Points:
             self.die()
         raise OSError(getattr(errno, self.action), os.strerror(getattr(errno, self.action)), path)
 
+    def send(self, name: str) -> None:
+        """Send this process a signal and go on when it was noticed, which in the main thread is at once."""
+        os.kill(os.getpid(), signal.Signals[name])
+        self.noticed.wait(PATIENCE_SECONDS)
+
+    def _wait(self) -> None:
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        while not self.noticed.is_set() and not (self.until and os.path.exists(self.until)):
+            assert time.monotonic() < deadline, "what this run was held for did not happen"
+            time.sleep(0.002)
+
+    def _watch_signals(self) -> None:
+        """Note when a handler runs: signals arrive at once, but are noticed between two steps of the main thread."""
+        real = signal.signal
+
+        def watched(number: int, handler: Any) -> Any:
+            if not callable(handler) or isinstance(handler, signal.Handlers):
+                return real(number, handler)
+
+            def noted(number: int, frame: Any) -> None:
+                self.noticed.set()
+                handler(number, frame)
+
+            return real(number, noted)
+
+        signal.signal = watched
+        watched(signal.SIGINT, signal.default_int_handler)
+
     def die(self) -> None:
         """End the process as kill -9 or a power cut does."""
         with self._lock:
@@ -86,6 +137,7 @@ class Points:
 
     def install(self) -> None:
         """Put the points in place of the calls."""
+        self._watch_signals()
         self._wrap_descriptors()
         for name, kind in (("mkdir", "mkdir"), ("unlink", "unlink"), ("rmdir", "rmdir"), ("replace", "replace")):
             setattr(os, name, self._by_path(kind, getattr(os, name)))

@@ -3,18 +3,24 @@
 import errno
 import io
 import os
+import time
 from pathlib import Path
 from typing import Any
 
+from tests.faults.points import Points
 
-def install(folder: str, *, at: int = 0, times: int = 1, fault: str = "EIO", delay: float = 0.0) -> None:
+
+def install(
+    points: Points, folder: str, *, at: int = 0, times: int = 1, fault: str = "EIO", delay: float = 0.0
+) -> None:
     """Let read number `at` below the folder, and the `times - 1` after it, fail with an errno or be `short`.
 
     Args:
+        points: those of the process; reads are counted beside them.
         folder: where.
         at: from 1; 0 for none.
         times: how many.
-        fault: name of an errno, or `short` for half of the bytes.
+        fault: name of an errno, `short` for half of the bytes, or name of a signal to be sent to the process.
         delay: seconds each read takes longer.
     """
     preadv, io_open, state = os.preadv, io.open, {"reads": 0}
@@ -23,11 +29,13 @@ def install(folder: str, *, at: int = 0, times: int = 1, fault: str = "EIO", del
         if not path.startswith(folder):
             return False
         if delay:
-            import time
-
             time.sleep(delay)
         state["reads"] += 1
+        points.counter[8:16] = state["reads"].to_bytes(8, "little")
         if not at <= state["reads"] < at + times:
+            return False
+        if fault.startswith("SIG"):
+            points.send(fault)
             return False
         if fault != "short":
             raise OSError(getattr(errno, fault), os.strerror(getattr(errno, fault)), path)

@@ -187,7 +187,7 @@ def test_index_of_a_million_names(small: Path, content: str, budget: Callable[[f
     weight_map = dict.fromkeys((f"{number:x}" for number in range(300_000)), file)
     (small / INDEX_FILE).write_text(json.dumps({"weight_map": weight_map}))
     refusal(small)
-    budget(10)
+    budget(60)
 
 
 def test_key_twice_at_the_end_of_a_long_index(small: Path, budget: Callable[[float], None]) -> None:
@@ -195,7 +195,7 @@ def test_key_twice_at_the_end_of_a_long_index(small: Path, budget: Callable[[flo
     pairs = ",".join(f'"{number:x}":1' for number in range(400_000))
     (small / INDEX_FILE).write_text(f'{{{pairs},"a":1}}')
     assert "'a' twice" in refusal(small)
-    budget(10)
+    budget(60)
 
 
 @pytest.mark.parametrize("filling", [b" ", b'"a":{},', b"[", b'{"a":', b'"a":1,'])
@@ -208,20 +208,23 @@ def test_largest_header_costs_neither_time_nor_memory(
     (small / FIRST).write_bytes(struct.pack("<Q", size) + body.ljust(size - 1) + b"}")
     del body
     assert FIRST in refusal(small)
-    budget(4)
+    budget(30)
 
 
 @pytest.fixture
 def budget() -> Callable[[float], None]:
-    """Reset the peak of this process's memory; then check time since, and that the peak grew by less than 512 MB."""
+    """Reset the peak of this process's memory; then check that the peak grew by less than 512 MB, and the time since.
+
+    Own time counts, not what else the machine does; and what it is to catch takes minutes or hours.
+    """
     import time
 
     status = Path("/proc/self/status")
     Path("/proc/self/clear_refs").write_text("5")
-    before, start = int(status.read_text().split("VmRSS:")[1].split()[0]), time.monotonic()
+    before, start = int(status.read_text().split("VmRSS:")[1].split()[0]), time.process_time()
 
     def check(seconds: float) -> None:
-        assert time.monotonic() - start < seconds
+        assert time.process_time() - start < seconds
         peak = int(status.read_text().split("VmHWM:")[1].split()[0])
         assert (peak - before) * 1024 < 512 << 20, f"{(peak - before) >> 10} MB"
 

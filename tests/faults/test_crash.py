@@ -1,5 +1,6 @@
 """Killed at any instant, a run is finished by the same command to the same bytes, and is never taken for finished."""
 
+import itertools
 import random
 import shutil
 from collections.abc import Callable
@@ -7,44 +8,49 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.harness import KILLED, Job
+from tests.faults.harness import KILLED, Job, Runner, each_point
 
 Tally = Callable[[str], None]
+Lanes = tuple[Runner, ...]
 RANDOM_KILLS = 105
 CHAINS = 20
 
 
-def test_kill_at_every_point(job: Job, tally: Tally) -> None:
+def test_kill_at_every_point(job: Job, lanes: Lanes, tally: Tally) -> None:
     """Each call that changes the folder is cut in the middle by kill -9, then the command is run again."""
-    at = whole = 0
-    while True:
-        at += 1
-        ended = job.run(points={"at": at, "action": "kill"})
+
+    def kill(own: Job, at: int) -> bool | None:
+        ended = own.run(points={"at": at, "action": "kill"})
         if ended.code != KILLED:
-            break
-        whole += job.check_unfinished()
-        job.finish()
-    job.check_finished(ended)
-    assert at > 100
+            own.check_finished(ended)
+            own.clear()
+            return None
+        is_whole = own.check_unfinished()
+        own.finish_apart()
+        return is_whole
+
+    results = each_point(job, lanes, kill)
+    assert len(results) > 100
     # the manifest comes last: before it a folder may be whole, never after a kill that lost something else
-    assert 0 < whole < 20
-    tally(f"crash: {job.command[0]} killed -9 at each of {at - 1} points, {at - 1} resumed to the same bytes, 0 wrong")
+    assert 0 < sum(results) < 20
+    words = f"killed -9 at each of {len(results)} points, {len(results)} resumed to the same bytes, 0 wrong"
+    tally(f"crash: {job.command[0]} {words}")
 
 
-def test_power_loss_at_every_point(job: Job, tally: Tally) -> None:
+def test_power_loss_at_every_point(job: Job, lanes: Lanes, tally: Tally) -> None:
     """At each point, data without fsync is lost, and in each folder the names after a random moment without one."""
-    at = tried = 0
-    while True:
-        at += 1
-        ended = job.run(points={"at": at, "action": "power", "seed": at})
-        job.check_unfinished()
-        if ended.points < at:
-            break
-        tried += 1
-        job.finish()
-    # that run came to its end and lost power after its last call: what it said is done has to stay
-    assert ended.code == KILLED
-    job.finish()
+
+    def cut(own: Job, at: int) -> bool | None:
+        ended = own.run(points={"at": at, "action": "power", "seed": at})
+        # a run that came to its end loses power after its last call: what it said is done has to stay
+        assert ended.code == KILLED
+        is_whole = own.check_unfinished()
+        assert is_whole or ended.points >= at
+        own.finish_apart()
+        return is_whole if ended.points >= at else None
+
+    tried = len(each_point(job, lanes, cut))
+    assert tried > 100
     tally(f"crash: {job.command[0]} lost power at {tried} points, {tried} resumed to the same bytes, 0 wrong")
 
 
@@ -56,20 +62,26 @@ def test_power_loss_after_the_end_takes_nothing_away(job: Job, seed: int | None)
     assert (job.dst / "glm4moe-manifest.json").exists()
 
 
-def test_kill_at_random_moments(job: Job, tally: Tally) -> None:
+def test_kill_at_random_moments(job: Job, lanes: Lanes, tally: Tally) -> None:
     """A clock, not a call, decides: kills also hit computation, reads and the gaps between calls."""
-    moments = random.Random(1)
     usual = min(job.run().seconds for _ in range(3) if not job.clear())
     job.clear()
-    live = 0
-    while live < RANDOM_KILLS:
-        # two workers: their calls interleave as they like; a few kills come before the first call
-        kill = (live % 10 != 0, moments.uniform(0, usual), "SIGKILL")
-        ended = job.run("--workers", "2", signals=[kill])
-        if ended.code == KILLED:
-            live += 1
-            job.check_unfinished()
-        job.finish()
+
+    def kill(own: Job, number: int) -> bool | None:
+        moments = random.Random(number)
+        for attempt in itertools.count(1):
+            # two workers: their calls interleave as they like; a few kills come before the first call. A run that was
+            # faster than usual is over: sooner, then
+            moment = (number % 10 != 0, moments.uniform(0, usual / attempt), "SIGKILL")
+            ended = own.run("--workers", "2", signals=[moment])
+            own.check_unfinished() if ended.code == KILLED else own.check_finished(ended)
+            own.finish_apart()
+            if ended.code == KILLED:
+                return True if number < RANDOM_KILLS else None
+        return None
+
+    live = len(each_point(job, lanes, kill))
+    assert live >= RANDOM_KILLS - 1
     tally(f"crash: {job.command[0]} killed -9 at {live} random moments, {live} resumed to the same bytes, 0 wrong")
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from builders import small_checkpoint
 
-from tests.faults.harness import Job, Runner, digests, make_job
+from tests.faults.harness import Job, Runner, digests, each_point, make_job
 
 Tally = Callable[[str], None]
 WITHOUT_RIGHTS = """
@@ -19,25 +19,27 @@ assert ctypes.CDLL(None, use_errno=True).capset(header, data) == 0
 
 
 @pytest.mark.parametrize(("action", "step"), [("full", 1), ("EIO", 5), ("EDQUOT", 11)])
-def test_error_at_every_point(job: Job, action: str, step: int, tally: Tally) -> None:
+def test_error_at_every_point(job: Job, lanes: tuple[Runner, ...], action: str, step: int, tally: Tally) -> None:
     """Writing, syncing, renaming, reserving, the journal, the index: wherever the disk fails, exit 5 and a way on."""
-    at, refused = 1, 0
-    while True:
-        ended = job.run(points={"at": at, "action": action})
+
+    def fail(own: Job, at: int) -> bool | None:
+        ended = own.run(points={"at": at, "action": action})
         if ended.points < at:
-            break
+            own.clear()
+            return None
         if ended.code == 0:
             # it met a removal of what nobody needs, which makes no difference
-            job.check_finished(ended)
+            own.check_finished(ended)
         else:
             assert ended.code == 5, (at, ended.text)
             assert re.search(r"No space left|Input/output|quota exceeded", ended.text), ended.text
             assert "Traceback" not in ended.text
-            refused += 1
-        job.check_unfinished()
-        assert not list(job.dst.glob(".*safetensors*.partial")), "an unfinished shard keeps its space"
-        job.finish()
-        at += step
+        own.check_unfinished()
+        assert not list(own.dst.glob(".*safetensors*.partial")), "an unfinished shard keeps its space"
+        own.finish_apart()
+        return ended.code == 5
+
+    refused = sum(each_point(job, lanes, fail, step))
     assert refused > 100 // step
     tally(f"disk: {job.command[0]} met {action} at {refused} points: exit 5, resumed to the same bytes, 0 wrong")
 

@@ -95,7 +95,7 @@ def test_first_contact_is_tried_again(hub: FakeHub, download: Download, status: 
 
 def test_silent_hub_is_not_waited_for(hub: FakeHub, download: Download, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_ETAG_TIMEOUT", 0.1)
-    hub.fail("api", *[Fault(silence=0.4)] * 3)
+    hub.fail("api", *[Fault(hold=-1)] * 3)
     assert "timed out, 3 times in a row" in refusal(download)
 
 

@@ -1,0 +1,233 @@
+"""What each scheme and format costs in quality: the trained fixture, quantized and held against itself.
+
+    PYTHONPATH=. python benchmarks/quality.py SCRATCH [--num-tokens N] [--only NAME...]
+    PYTHONPATH=. python benchmarks/quality.py --markdown
+
+Everything goes through the command line: `calibrate` on text of the training (the standard library of this
+interpreter, without the held-out modules), `quantize`, and `verify --json` on the held-out text twice: with activations
+as they are, so that weights alone count, and with activations rounded as serving engines do it. The KV cache is that of
+the model in both. Writes benchmarks/results/quality.json.
+"""
+
+import argparse
+import hashlib
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.measure import environment, write_result
+from converters.formats.inputs import AS_SERVED, FULL
+from converters.source import open_source
+from fixtures.recipe.corpus import read_modules
+from runtime.model.activations import input_quantizers
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULT = ROOT / "benchmarks" / "results" / "quality.json"
+TINY = ROOT / "fixtures" / "tiny"
+HELD_OUT = ROOT / "fixtures" / "tiny_heldout.txt"
+GLM4MOE = (sys.executable, "-m", "glm4moe_cli")
+# experts of the fixture are 64 wide, half a block
+BLOCK = "attention=fp8-block,dense=fp8-block"
+MIXED = "experts=nvfp4-weight-only,attention=fp8"
+MIXED_ALL = "experts=nvfp4,shared-experts=fp8,dense=fp8,attention=fp8"
+
+
+@dataclass(frozen=True)
+class Row:
+    """A quantization: its name in the table, its options, and which statistics it takes: none, of rtn, of gptq."""
+
+    name: str
+    options: tuple[str, ...]
+    stats: str | None = None
+    format: str = "compressed-tensors"
+
+
+def rows() -> list[Row]:
+    """Return what is measured, in the order of the table."""
+    mse, gptq, experts = ("--scale-search", "mse"), ("--method", "gptq"), ("--preset", "experts-only")
+    found = [
+        Row("fp8", ("--scheme", "fp8")),
+        Row("fp8, experts only", ("--scheme", "fp8", *experts)),
+        Row("fp8-block, attention and dense only", ("--scheme", BLOCK)),
+        Row("fp8-static", ("--scheme", "fp8-static"), "rtn"),
+        Row("int8", ("--scheme", "int8")),
+        *(
+            Row(f"int8-weight-only, {group}", ("--scheme", "int8-weight-only", "--group-size", group))
+            for group in ("channel", "64", "32")
+        ),
+        Row("int8-weight-only, gptq", ("--scheme", "int8-weight-only", *gptq), "gptq"),
+        Row("nvfp4", ("--scheme", "nvfp4"), "rtn"),
+        Row("nvfp4, mse", ("--scheme", "nvfp4", *mse), "rtn"),
+        Row("nvfp4, gptq", ("--scheme", "nvfp4", *gptq), "gptq"),
+        Row("nvfp4-weight-only", ("--scheme", "nvfp4-weight-only")),
+        Row("nvfp4-weight-only, mse", ("--scheme", "nvfp4-weight-only", *mse)),
+        Row("nvfp4-weight-only, gptq", ("--scheme", "nvfp4-weight-only", *gptq), "gptq"),
+        Row("nvfp4, experts only, mse", ("--scheme", "nvfp4", *experts, *mse), "rtn"),
+        Row("nvfp4-weight-only, experts only, mse", ("--scheme", "nvfp4-weight-only", *experts, *mse)),
+        Row(MIXED, ("--scheme", MIXED)),
+        Row(f"{MIXED_ALL}, mse", ("--scheme", MIXED_ALL, *mse), "rtn"),
+        Row("fp8-block, attention and dense only", ("--scheme", BLOCK), None, "deepseek"),
+    ]
+    for name, stats in (("fp8", None), ("fp8-static", "rtn"), ("nvfp4", "rtn"), ("nvfp4-weight-only", None)):
+        found.append(Row(name, ("--scheme", name), stats, "modelopt"))
+    found.append(Row("fp8-block, attention and dense only", ("--scheme", BLOCK), None, "modelopt"))
+    return found
+
+
+def run(*arguments: str | Path, accept: Sequence[int] = (0,)) -> dict[str, Any]:
+    """Run a command of ours with --json and return its document."""
+    done = subprocess.run([*GLM4MOE, *map(str, arguments), "--json"], capture_output=True, text=True, check=False)
+    if done.returncode not in accept:
+        raise RuntimeError(done.stderr.strip().splitlines()[-1])
+    return json.loads(done.stdout)
+
+
+def statistics(scratch: Path) -> dict[str, tuple[str, ...]]:
+    """Return the options that hand over each kind of statistics, made on text of the training."""
+    text = scratch / "train.txt"
+    text.write_text("\n".join(read_modules()[0].values()), encoding="utf-8")
+    run("calibrate", TINY, scratch / "rtn.stats.json", "--text", text)
+    return {"rtn": ("--stats", str(scratch / "rtn.stats.json")), "gptq": ("--calibrate", str(text))}
+
+
+def stored_bits(folder: Path) -> float:
+    """Return the bits that a quantized weight takes, its scales included."""
+    with open_source(folder) as source:
+        modules = {
+            name.rpartition(".")[0]: source.schema.tensors[name].numel
+            for name, stored in source.weights.items()
+            if not stored.format.is_plain
+        }
+        entries = (source.reader.entry(name) for name in source.reader.names if not name.endswith("bias"))
+        num_bytes = sum(entry.nbytes for entry in entries if entry.name.rpartition(".")[0] in modules)
+    return 8 * num_bytes / sum(modules.values())
+
+
+def inputs_of(folder: Path) -> str | None:
+    """Return what engines do to the inputs of quantized layers; None: nothing."""
+    with open_source(folder) as source:
+        labels = dict.fromkeys(quantizer.scheme.label for quantizer in input_quantizers(source).values())
+    return "; ".join(labels) or None
+
+
+def judged(folder: Path, activations: str, num_tokens: int | None) -> dict[str, Any]:
+    """Return what verify finds, the weights level included."""
+    size = () if num_tokens is None else ("--num-tokens", str(num_tokens))
+    how = ("--against", TINY, "--text", HELD_OUT, "--activations", activations, *size)
+    report = run("verify", folder, *how, accept=(0, 3))["result"]
+    summary = report["logits"]["summary"]
+    kl, perplexity, top1 = summary["kl_nats"]["estimate"], summary["perplexity"], summary["top1"]
+    coded = [scheme for scheme in report["weights"]["schemes"] if scheme["scheme"] != "plain"]
+    tensors = sum(scheme["tensors"] for scheme in coded)
+    return {
+        "protocol": report["logits"]["protocol"],
+        "profile": report["scheme"],
+        "verdict": report["verdict"],
+        "reasons": report["reasons"],
+        "relative_error": sum(scheme["mean_relative_error"] * scheme["tensors"] for scheme in coded) / tensors,
+        "kl_nats": {"mean": kl["mean"], "se": kl["se_block"]},
+        "perplexity_ratio": {"mean": perplexity["ratio"], "se": perplexity["ratio_se"]},
+        "top1": {"mean": top1["mean"], "se": top1["se_block"]},
+    }
+
+
+def measured(row: Row, scratch: Path, stats: dict[str, tuple[str, ...]], num_tokens: int | None) -> dict[str, Any]:
+    """Quantize, verify, and return a row of the result."""
+    folder = scratch / "out"
+    shutil.rmtree(folder, ignore_errors=True)
+    for path in scratch.glob("out.*"):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    options = (*row.options, "--format", row.format)
+    run("quantize", TINY, folder, *options, *(stats[row.stats] if row.stats else ()))
+    inputs = inputs_of(folder)
+    return {
+        "name": row.name,
+        "format": row.format,
+        "options": list(options),
+        "calibrated": row.stats is not None,
+        "bytes": sum(path.stat().st_size for path in folder.glob("*.safetensors")),
+        "bits_per_quantized_weight": stored_bits(folder),
+        "inputs": inputs,
+        "weights_alone": judged(folder, FULL, num_tokens),
+        "as_served": judged(folder, AS_SERVED, num_tokens) if inputs else None,
+    }
+
+
+def with_error(found: dict[str, float], digits: int) -> str:
+    """Return a mean with its standard error."""
+    return f"{found['mean']:.{digits}f} ± {found['se']:.{digits}f}"
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """Return the table of a result."""
+    lines = [
+        "| scheme | format | MB | bits | weight error | KL, weights alone | KL as served | perplexity ratio as served "
+        "| verify |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in result["rows"]:
+        alone = row["weights_alone"]
+        served = row["as_served"]
+        cells = [
+            row["name"],
+            row["format"],
+            f"{row['bytes'] / 1e6:.2f}",
+            f"{row['bits_per_quantized_weight']:.2f}",
+            f"{alone['relative_error']:.4f}",
+            with_error(alone["kl_nats"], 4),
+            with_error(served["kl_nats"], 4) if served else "the same",
+            with_error((served or alone)["perplexity_ratio"], 4),
+            alone["verdict"] if not served else f"{alone['verdict']}, {served['verdict']}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Measure and write the result, or print it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("scratch", type=Path, nargs="?")
+    parser.add_argument("--num-tokens", type=int)
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="rows with these names, the others as they were")
+    parser.add_argument("--markdown", action="store_true")
+    args = parser.parse_args()
+    if args.markdown:
+        print(markdown(json.loads(RESULT.read_text())))
+        return
+    if args.scratch is None:
+        parser.error("SCRATCH, or --markdown")
+    shutil.rmtree(args.scratch, ignore_errors=True)
+    args.scratch.mkdir(parents=True)
+    before = json.loads(RESULT.read_text())["rows"] if args.only else []
+    known = {(row["name"], row["format"]): row for row in before}
+    stats, refused = statistics(args.scratch), {}
+    for row in rows():
+        key = (row.name, row.format)
+        if args.only and row.name not in args.only:
+            continue
+        try:
+            known[key] = measured(row, args.scratch, stats, args.num_tokens)
+            print(key, known[key]["weights_alone"]["kl_nats"], flush=True)
+        except RuntimeError as error:
+            refused[" as ".join(key)] = str(error)
+            print(key, error, flush=True)
+    write_result(
+        RESULT,
+        {
+            "environment": environment(),
+            "source": {"bytes": sum(path.stat().st_size for path in TINY.glob("*.safetensors"))},
+            "held_out_sha256": hashlib.sha256(HELD_OUT.read_bytes()).hexdigest(),
+            "calibration": "glm4moe calibrate with its defaults, on the training text",
+            "rows": [known[row.name, row.format] for row in rows() if (row.name, row.format) in known],
+            "refused": refused,
+        },
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Per-rank shards for tensor, expert and pipeline parallelism, and back."""
