@@ -22,6 +22,9 @@ from typing import Any
 
 from benchmarks.measure import environment, write_result
 from converters.formats.inputs import AS_SERVED, FULL
+from converters.quant.engines import engines_of
+from converters.quant.policy import parse_schemes
+from converters.quant.scheme import Format, Recipe
 from converters.source import open_source
 from fixtures.recipe.corpus import read_modules
 from runtime.model.activations import input_quantizers
@@ -49,7 +52,8 @@ class Row:
 
 def rows() -> list[Row]:
     """Return what is measured, in the order of the table."""
-    mse, gptq, experts = ("--scale-search", "mse"), ("--method", "gptq"), ("--preset", "experts-only")
+    plain, mse, experts = ("--scale-search", "none"), ("--scale-search", "mse"), ("--preset", "experts-only")
+    gptq = ("--method", "gptq")
     found = [
         Row("fp8", ("--scheme", "fp8")),
         Row("fp8, experts only", ("--scheme", "fp8", *experts)),
@@ -61,21 +65,30 @@ def rows() -> list[Row]:
             for group in ("channel", "64", "32")
         ),
         Row("int8-weight-only, gptq", ("--scheme", "int8-weight-only", *gptq), "gptq"),
-        Row("nvfp4", ("--scheme", "nvfp4"), "rtn"),
-        Row("nvfp4, mse", ("--scheme", "nvfp4", *mse), "rtn"),
-        Row("nvfp4, gptq", ("--scheme", "nvfp4", *gptq), "gptq"),
-        Row("nvfp4-weight-only", ("--scheme", "nvfp4-weight-only")),
-        Row("nvfp4-weight-only, mse", ("--scheme", "nvfp4-weight-only", *mse)),
-        Row("nvfp4-weight-only, gptq", ("--scheme", "nvfp4-weight-only", *gptq), "gptq"),
+        *(
+            Row(f"{scheme}, {how}", ("--scheme", scheme, *options), "rtn" if scheme == "nvfp4" else None)
+            for scheme in ("nvfp4", "nvfp4-weight-only")
+            for how, options in (("min-max", plain), ("mse", mse))
+        ),
+        *(
+            Row(f"{scheme}, {how}, gptq", ("--scheme", scheme, *options, *gptq), "gptq")
+            for scheme in ("nvfp4", "nvfp4-weight-only")
+            for how, options in (("min-max", plain), ("mse", mse))
+        ),
         Row("nvfp4, experts only, mse", ("--scheme", "nvfp4", *experts, *mse), "rtn"),
         Row("nvfp4-weight-only, experts only, mse", ("--scheme", "nvfp4-weight-only", *experts, *mse)),
-        Row(MIXED, ("--scheme", MIXED)),
+        Row(f"{MIXED}, mse", ("--scheme", MIXED, *mse)),
         Row(f"{MIXED_ALL}, mse", ("--scheme", MIXED_ALL, *mse), "rtn"),
         Row("fp8-block, attention and dense only", ("--scheme", BLOCK), None, "deepseek"),
     ]
-    for name, stats in (("fp8", None), ("fp8-static", "rtn"), ("nvfp4", "rtn"), ("nvfp4-weight-only", None)):
-        found.append(Row(name, ("--scheme", name), stats, "modelopt"))
-    found.append(Row("fp8-block, attention and dense only", ("--scheme", BLOCK), None, "modelopt"))
+    found += [
+        Row("fp8-block, attention and dense only", ("--scheme", BLOCK), None, "modelopt"),
+        Row("fp8", ("--scheme", "fp8"), None, "modelopt"),
+        Row("fp8-static", ("--scheme", "fp8-static"), "rtn", "modelopt"),
+        Row("nvfp4, min-max", ("--scheme", "nvfp4", *plain), "rtn", "modelopt"),
+        Row("nvfp4, mse", ("--scheme", "nvfp4", *mse), "rtn", "modelopt"),
+        Row("nvfp4-weight-only, min-max", ("--scheme", "nvfp4-weight-only", *plain), None, "modelopt"),
+    ]
     return found
 
 
@@ -115,25 +128,34 @@ def inputs_of(folder: Path) -> str | None:
     return "; ".join(labels) or None
 
 
+def engines(row: Row) -> list[str]:
+    """Return the engines that load the result."""
+    schemes = parse_schemes(dict(zip(row.options[::2], row.options[1::2], strict=True))["--scheme"], None)
+    return list(engines_of([Recipe(scheme, Format(row.format)) for scheme in dict.fromkeys(schemes.values())]))
+
+
 def judged(folder: Path, activations: str, num_tokens: int | None) -> dict[str, Any]:
-    """Return what verify finds, the weights level included."""
+    """Return what verify finds; the levels that run no model are the same for all activations."""
     size = () if num_tokens is None else ("--num-tokens", str(num_tokens))
-    how = ("--against", TINY, "--text", HELD_OUT, "--activations", activations, *size)
+    level = "all" if activations == FULL else "logits"
+    how = ("--against", TINY, "--text", HELD_OUT, "--level", level, "--activations", activations, *size)
     report = run("verify", folder, *how, accept=(0, 3))["result"]
     summary = report["logits"]["summary"]
     kl, perplexity, top1 = summary["kl_nats"]["estimate"], summary["perplexity"], summary["top1"]
-    coded = [scheme for scheme in report["weights"]["schemes"] if scheme["scheme"] != "plain"]
-    tensors = sum(scheme["tensors"] for scheme in coded)
-    return {
+    found = {
         "protocol": report["logits"]["protocol"],
         "profile": report["scheme"],
         "verdict": report["verdict"],
         "reasons": report["reasons"],
-        "relative_error": sum(scheme["mean_relative_error"] * scheme["tensors"] for scheme in coded) / tensors,
         "kl_nats": {"mean": kl["mean"], "se": kl["se_block"]},
         "perplexity_ratio": {"mean": perplexity["ratio"], "se": perplexity["ratio_se"]},
         "top1": {"mean": top1["mean"], "se": top1["se_block"]},
     }
+    if activations == FULL:
+        coded = [scheme for scheme in report["weights"]["schemes"] if scheme["scheme"] != "plain"]
+        errors = sum(scheme["mean_relative_error"] * scheme["tensors"] for scheme in coded)
+        found["relative_error"] = errors / sum(scheme["tensors"] for scheme in coded)
+    return found
 
 
 def measured(row: Row, scratch: Path, stats: dict[str, tuple[str, ...]], num_tokens: int | None) -> dict[str, Any]:
@@ -153,6 +175,7 @@ def measured(row: Row, scratch: Path, stats: dict[str, tuple[str, ...]], num_tok
         "bytes": sum(path.stat().st_size for path in folder.glob("*.safetensors")),
         "bits_per_quantized_weight": stored_bits(folder),
         "inputs": inputs,
+        "engines": engines(row),
         "weights_alone": judged(folder, FULL, num_tokens),
         "as_served": judged(folder, AS_SERVED, num_tokens) if inputs else None,
     }
@@ -167,8 +190,8 @@ def markdown(result: dict[str, Any]) -> str:
     """Return the table of a result."""
     lines = [
         "| scheme | format | MB | bits | weight error | KL, weights alone | KL as served | perplexity ratio as served "
-        "| verify |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| verify | loaded by |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in result["rows"]:
         alone = row["weights_alone"]
@@ -183,6 +206,7 @@ def markdown(result: dict[str, Any]) -> str:
             with_error(served["kl_nats"], 4) if served else "the same",
             with_error((served or alone)["perplexity_ratio"], 4),
             alone["verdict"] if not served else f"{alone['verdict']}, {served['verdict']}",
+            ", ".join(row["engines"]) or "none known",
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)

@@ -15,7 +15,7 @@ from converters.checkpoint.journal import LISTING_FILE, TensorRecord, is_job_beg
 from converters.checkpoint.manifest import MANIFEST_FILE, plan_digest, source_digest
 from converters.checkpoint.plan import OutputPlan, Shard
 from converters.config import CONFIG_FILE
-from converters.errors import UsageError
+from converters.errors import InputError, UsageError
 from converters.pipeline import RunOptions, peak_block_bytes
 from converters.source import Source
 
@@ -80,7 +80,7 @@ class Conversion:
             "source_bytes": self.source_bytes,
             "output_bytes": self.plan.file_bytes,
             "shards": [_shard_summary(shard) for shard in self.plan.shards],
-            "tensors": len(self.plan.weight_map),
+            "tensors": self.plan.num_tensors,
             "bytes_by_transform": self.plan.bytes_by_transform,
             "dropped_tensors": len(self.plan.dropped),
             "copied_files": list(self.passthrough),
@@ -101,7 +101,7 @@ def passthrough_files(folder: Path) -> tuple[str, ...]:
     """Return the files a conversion copies as they are: tokenizer, chat template, licence, generation config.
 
     Raises:
-        SecurityError: such a file is a link that leaves the repository.
+        SecurityError: such a file is a link that leaves the repository. InputError: its name is not UTF-8.
     """
     names = []
     for path in sorted(folder.iterdir()):
@@ -109,8 +109,22 @@ def passthrough_files(folder: Path) -> tuple[str, ...]:
             continue
         check_link(path)
         if path.exists() and stat.S_ISREG(path.stat().st_mode):
-            names.append(path.name)
+            names.append(_utf8_name(path))
     return tuple(names)
+
+
+def _utf8_name(path: Path) -> str:
+    """Return the file's name: the journal and the manifest hold it, and they are UTF-8."""
+    try:
+        path.name.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"{path.parent}: file {path.name!r}",
+            expected="a name in UTF-8",
+            found="other bytes",
+            next_step="Rename it or remove it.",
+        ) from error
+    return path.name
 
 
 def check_destination(src: Path, dst: Path) -> None:

@@ -20,6 +20,7 @@ from converters.conversion import Conversion, passthrough_files
 from converters.errors import UsageError
 from converters.formats.declared import MODELOPT_FILE, QUANTIZATION_KEY
 from converters.layout import Layout, Stored, StoredLayout
+from converters.model_card import CARD_FILE, card_notes
 from converters.result_config import drop_mtp, rename_modelopt, set_dtype, set_layout
 from converters.source import Source
 from converters.transforms.rows import Cast
@@ -80,6 +81,7 @@ def plan_convert(source: Source, options: ConvertOptions) -> Conversion:
         # what is meant, however it was asked for
         asdict(replace(options, layout=target.layout)),
         generated=generated,
+        notes=card_notes(source) if options.dequantize else (),
     )
 
 
@@ -119,9 +121,9 @@ def check_options(source: Source, options: ConvertOptions) -> None:
 
 
 def passthrough(source: Source, options: ConvertOptions) -> tuple[str, ...]:
-    """Return the files to copy; one that describes a quantization which is gone is not among them."""
+    """Return the files to copy; those that describe a quantization which is gone are not among them."""
     names = passthrough_files(source.folder)
-    return tuple(name for name in names if not (options.dequantize and name == MODELOPT_FILE))
+    return tuple(name for name in names if not (options.dequantize and name in (MODELOPT_FILE, CARD_FILE)))
 
 
 def generated_files(source: Source, target: StoredLayout, options: ConvertOptions) -> dict[str, bytes]:

@@ -64,10 +64,7 @@ class Making:
     @property
     def quality(self) -> TensorQuality | None:
         """Errors of the codes, once all blocks are made; None where nothing is quantized."""
-        found = self._sampler
-        if found is None:
-            return None
-        return TensorQuality.of_sums(found.squared_errors, found.squares, found.clipped, found.count)
+        return self.unit.quality if self._sampler is None else self._sampler.quality
 
     def blocks(self) -> "Iterator[tuple[int, tuple[torch.Tensor, ...]]]":
         """Yield the outputs' blocks from top to bottom, each with its first row."""
@@ -96,7 +93,15 @@ class Making:
         import torch
 
         bands = self._bands(source, span)
-        return bands[0] if len(bands) == 1 else tuple(torch.cat(side, dim=1) for side in zip(*bands, strict=True))
+        if len(bands) == 1:
+            return bands[0]
+        slot, joined = source.num_reads, list[torch.Tensor]()
+        for side in zip(*bands, strict=True):
+            width = sum(band.shape[1] for band in side)
+            # a buffer that stays, as those of reads do: fresh ones of this size make the process grow
+            buffer = self.run.scratch.take(len(side[0]) * width * side[0].element_size(), slot + len(joined))
+            joined.append(torch.cat(side, dim=1, out=buffer.view(side[0].dtype).view(-1, width)))
+        return tuple(joined)
 
     def _bands(self, source: SourceRows, span: "_Span", slot: int = 0) -> "list[tuple[torch.Tensor, ...]]":
         """Return what becomes of some rows of a source, and of those to its right, from left to right."""

@@ -7,8 +7,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from converters.conversion import passthrough_files
 from converters.download import card_metadata, render_card
 from converters.quant.quality import SAMPLE_EVERY, TensorQuality, by_role, mean, worst
+from converters.source import Source
 
 CARD_FILE = "README.md"
 # what a derived work takes over from the card of its base
@@ -50,7 +52,8 @@ class CardFacts:
         num_parameters: of all tensors.
         num_bytes: of all tensors.
         weights: every role, quantized or not.
-        calibration: what activation scales were measured on; None for a data-free scheme.
+        calibration: what was calibrated on, a line each; none for a data-free scheme.
+        notes: what engines are known to do, a sentence each.
         quality: measured errors by tensor.
         serving: the engines.
         tensor_parallel: sizes that fit by layout, in words.
@@ -66,7 +69,8 @@ class CardFacts:
     num_parameters: int
     num_bytes: int
     weights: Sequence[Weights]
-    calibration: Mapping[str, Any] | None
+    calibration: Sequence[str]
+    notes: Sequence[str]
     quality: Mapping[str, TensorQuality]
     serving: Sequence[Serving]
     tensor_parallel: str
@@ -92,6 +96,13 @@ def build_card(facts: CardFacts, source_card: str) -> bytes:
         metadata |= {"base_model": facts.repository, "base_model_relation": "quantized"}
     sections = (_head(facts), _what(facts), _errors(facts), _serving(facts), _made(facts))
     return render_card(metadata, "\n\n".join(sections) + "\n").encode()
+
+
+def card_notes(source: Source) -> tuple[str, ...]:
+    """Return what to say where the weights are stored in another format: no card, rather than one of the old format."""
+    if CARD_FILE not in passthrough_files(source.folder):
+        return ()
+    return (f"{CARD_FILE} of the source is left out: it describes the format that it has there.",)
 
 
 def _head(facts: CardFacts) -> str:
@@ -143,6 +154,8 @@ def _serving(facts: CardFacts) -> str:
         shown = f"```\n{serving.command}\n```" if serving.command else "Not supported."
         note = f"\n\n{serving.note}" if serving.note else ""
         parts.append(f"**{serving.engine}**\n\n{shown}{note}")
+    if facts.notes:
+        parts.append("\n".join(["What is known of engines:\n", *(f"- {note}" for note in facts.notes)]))
     return "\n\n".join(parts)
 
 
@@ -152,11 +165,7 @@ def _made(facts: CardFacts) -> str:
         f"- sha256 over the source's headers and config: `{facts.source_digest}`",
         "- origin, transform and sha256 of every tensor: `glm4moe-manifest.json`",
     ]
-    if facts.calibration is None:
-        lines.append("- Data-free: no text was used.")
-    else:
-        facts_of = ", ".join(f"{key} {value}" for key, value in sorted(facts.calibration.items()))
-        lines.append(f"- Calibration: {facts_of}")
+    lines += facts.calibration or ["- Data-free: no text was used."]
     return "## How it was made\n\n" + "\n".join(lines)
 
 

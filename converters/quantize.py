@@ -3,18 +3,21 @@
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from converters.checkpoint.disk_read import read_file
+from converters.checkpoint.journal import check_unlocked
+from converters.checkpoint.manifest import read_manifest
 from converters.checkpoint.plan import OutputPlan, SourceRows, Unit, pack_shards
-from converters.conversion import Conversion, passthrough_files
+from converters.conversion import Conversion, check_destination, passthrough_files
 from converters.errors import UsageError
 from converters.formats.declared import MODELOPT_FILE, QUANTIZATION_KEY
 from converters.layout import Layout, Stored, StoredLayout
 from converters.model_card import CARD_FILE
 from converters.quant.calibrated import Calibrated
 from converters.quant.card import Card
-from converters.quant.choice import Choice, QuantizeOptions, choose
+from converters.quant.choice import MEASURED, Choice, QuantizeOptions, choose
 from converters.quant.engines import engine_notes, engines_of
 from converters.quant.limits import check_columns, parallel_table
 from converters.quant.metadata import quantization_file, quantization_json
@@ -52,6 +55,7 @@ def plan_quantize(source: Source, options: QuantizeOptions) -> Conversion:
     plan.check_complete(map(source.reader.entry, source.reader.names))
     different = list(dict.fromkeys(job.recipes.values()))
     engines, limits = engines_of(different), parallel_table(source.config, source.schema, job.recipes)
+    notes = tuple(engine_notes(different, choice.roles, choice.mtp, has_kv_scales=choice.has_kv_scales))
     card = Card(
         source,
         job.schema,
@@ -62,6 +66,7 @@ def plan_quantize(source: Source, options: QuantizeOptions) -> Conversion:
         engines,
         limits["tensor parallel"],
         _card_of(source),
+        notes,
     )
     return Conversion(
         source,
@@ -71,10 +76,39 @@ def plan_quantize(source: Source, options: QuantizeOptions) -> Conversion:
         "quantize",
         choice.identity(options),
         generated={**quantization_file(choice, job.schema, job.recipes), CARD_FILE: card},
-        notes=tuple(engine_notes(different, choice.roles, choice.mtp)),
+        notes=notes,
         limits=limits,
         engines=engines,
     )
+
+
+def check_quantize(source: Source, options: QuantizeOptions, dst: Path, *, is_redone: bool) -> None:
+    """Refuse what the plan or the run would refuse, as far as it is known before a calibration.
+
+    Args:
+        source: what is to be quantized.
+        options: without statistics.
+        dst: the result's folder.
+        is_redone: what is there already may be another job's.
+    Raises:
+        UsageError, LockedError: see `plan_quantize`, `converters.job_options.check_job`.
+    """
+    _check_source(source)
+    choice = choose(source.schema, options)
+    check_columns(source.schema, _Job(source, options, choice).recipes)
+    check_destination(source.folder, dst)
+    check_unlocked(dst)
+    manifest = None if is_redone else read_manifest(dst)
+    if manifest is None:
+        return
+    before, wanted = manifest["job"].get("options"), choice.identity(options)
+    if not isinstance(before, Mapping) or any(before.get(name) != wanted[name] for name in wanted.keys() - MEASURED):
+        raise UsageError(
+            f"DST {dst}",
+            expected="an empty or new folder",
+            found="the finished result of another job",
+            next_step="Redo it with --update, or choose another folder.",
+        )
 
 
 def _card_of(source: Source) -> str:

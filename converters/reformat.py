@@ -21,6 +21,7 @@ from converters.formats.declared import MODELOPT_FILE, QUANTIZATION_KEY
 from converters.formats.ignore import compressed_tensors_ignore, modelopt_ignore
 from converters.formats.weights import Coding, Part, Use
 from converters.layout import Layout
+from converters.model_card import CARD_FILE, card_notes
 from converters.quant.policy import parent
 from converters.quant.scheme import Format
 from converters.schema import CACHE_SCALES
@@ -61,10 +62,12 @@ def plan_reformat(source: Source, options: ReformatOptions) -> Conversion:
     units += [job.cache_unit(name, owner) for name, owner in source.cache_scales.items()]
     plan = OutputPlan(pack_shards(units, options.max_shard_bytes))
     plan.check_complete(map(source.reader.entry, source.reader.names))
-    passthrough = tuple(name for name in passthrough_files(source.folder) if name != MODELOPT_FILE)
+    described = (MODELOPT_FILE, CARD_FILE)
+    passthrough = tuple(name for name in passthrough_files(source.folder) if name not in described)
     config = {**source.raw_config, QUANTIZATION_KEY: job.block}
     identity = {"format": options.format.value, "max_shard_bytes": options.max_shard_bytes}
-    return Conversion(source, plan, config, passthrough, "convert", identity, generated=job.generated)
+    notes = card_notes(source)
+    return Conversion(source, plan, config, passthrough, "convert", identity, generated=job.generated, notes=notes)
 
 
 @dataclass(frozen=True)

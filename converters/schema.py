@@ -9,98 +9,30 @@ Source: the official GLM-4.5, 4.5-Air, 4.6 and 4.7 checkpoints. The MTP layer is
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from enum import Enum, StrEnum
 from functools import cached_property
-from math import prod
 
 from converters.config import Glm4MoeConfig
 from converters.errors import InputError
+from converters.tensors import DtypePolicy, Fuse, Layers, ParsedName, Role, Tensor, TensorSpec
 
-
-class Role(StrEnum):
-    """What a tensor is for; policy, sharding, loading and reports key on this."""
-
-    EMBEDDING = "embedding"
-    HEAD = "head"
-    NORM = "norm"
-    QK_NORM = "qk_norm"
-    ATTENTION = "attention"
-    ATTENTION_BIAS = "attention_bias"
-    DENSE_MLP = "dense_mlp"
-    ROUTER = "router"
-    ROUTER_BIAS = "router_bias"
-    EXPERT = "expert"
-    SHARED_EXPERT = "shared_expert"
-    MTP_PROJECTION = "mtp_projection"
-    MTP_EMBEDDING = "mtp_embedding"
-    MTP_HEAD = "mtp_head"
-
-
-class Layers(Enum):
-    """Which layers have the tensor. The MTP layer has everything a MoE layer has, and its own rows."""
-
-    NONE = "none"
-    ALL = "all"
-    DENSE = "dense"
-    MOE = "moe"
-    MTP = "mtp"
-
-
-class DtypePolicy(Enum):
-    """What a conversion may do to the values."""
-
-    QUANTIZABLE = "quantizable"  # a GEMM weight: cast or quantized on request
-    KEEP = "keep"  # norms, biases, embeddings, heads, router: cast only by --dtype
-    KEEP_FP32 = "keep_fp32"  # e_score_correction_bias: never below fp32
-
-
-@dataclass(frozen=True, slots=True)
-class Fuse:
-    """Membership in a group of weights that engines multiply as one; members share per-tensor scales."""
-
-    group: str
-    position: int
-
-
-@dataclass(frozen=True, slots=True)
-class TensorSpec:
-    """One row of the table. `shape` holds names of Glm4MoeConfig sizes; `tp_dim` is the dim tensor parallelism cuts."""
-
-    name: str
-    shape: tuple[str, ...]
-    role: Role
-    layers: Layers
-    tp_dim: int | None = None
-    fuse: Fuse | None = None
-    dtype: DtypePolicy = DtypePolicy.KEEP
-    when: str | None = None
-
-    @property
-    def part(self) -> str:
-        """Last module and parameter name, e.g. `q_proj.weight`; unique within a role."""
-        return ".".join(self.name.rsplit(".", 2)[-2:])
-
-
-@dataclass(frozen=True, slots=True)
-class Tensor:
-    """A concrete tensor of one model: the spec with its layer, expert and shape filled in."""
-
-    name: str
-    shape: tuple[int, ...]
-    spec: TensorSpec
-    layer: int | None = None
-    expert: int | None = None
-
-    @property
-    def numel(self) -> int:
-        """Number of elements."""
-        return prod(self.shape)
-
-    @property
-    def module(self) -> str:
-        """Name without its last part: what quantization configs call the module."""
-        return self.name.rsplit(".", 1)[0]
-
+__all__ = [
+    "CACHE_SCALES",
+    "COMPANIONS",
+    "MTP_COPIES",
+    "TABLE",
+    "DtypePolicy",
+    "ModelSchema",
+    "ParsedName",
+    "Role",
+    "Tensor",
+    "TensorSpec",
+    "expand",
+    "numbered",
+    "parse",
+    "parsed_name",
+    "schema_for_parsed",
+    "unknown_name",
+]
 
 _LAYER = "model.layers.{layer}."
 _EXPERT = _LAYER + "mlp.experts.{expert}."
@@ -184,16 +116,6 @@ COMPANIONS = frozenset(
 )
 # scales of an FP8 KV cache; they say nothing about weights and have the same name in every layout
 CACHE_SCALES = frozenset({"k_scale", "v_scale", "output_scale"})
-
-
-@dataclass(frozen=True, slots=True)
-class ParsedName:
-    """A name taken apart. `companion` is the quantization suffix when the name is not the weight itself."""
-
-    spec: TensorSpec
-    layer: int | None
-    expert: int | None
-    companion: str | None = None
 
 
 def _pattern(name: str) -> str:
@@ -346,17 +268,8 @@ def expand(config: Glm4MoeConfig, *, mtp: bool = True, mtp_copies: bool = True) 
     return ModelSchema(config, has_mtp, has_mtp and mtp_copies)
 
 
-def schema_for_names(config: Glm4MoeConfig, names: Iterable[str]) -> ModelSchema:
-    """Return the schema that fits the MTP style and the routers which these tensor names show.
-
-    Raises:
-        InputError: a name is not in the table.
-    """
-    return schema_for_parsed(config, map(parse, names))
-
-
 def schema_for_parsed(config: Glm4MoeConfig, parsed: Iterable[ParsedName]) -> ModelSchema:
-    """Return the schema that fits names which are taken apart already; see `schema_for_names`."""
+    """Return the schema that fits the MTP style and the routers which these names show."""
     seen = {(name.spec.role, name.layer == config.num_hidden_layers) for name in parsed}
     mtp_roles = {role for role, is_mtp in seen if is_mtp}
     schema = expand(config, mtp=bool(mtp_roles), mtp_copies=bool(mtp_roles & MTP_COPIES))

@@ -196,11 +196,11 @@ def tensor_records(manifest: dict[str, Any]) -> dict[str, dict[str, TensorRecord
 
 
 def plain_name(name: str) -> str:
-    """Return a file name that stays in its folder.
+    """Return a file name that stays in its folder; odd characters do not take it out, and a source may have them.
 
     Raises:
-        SecurityError: it would not.
+        SecurityError: it would not, or it is hidden, as our own state is.
     """
-    if name != Path(name).name or name.startswith(".") or "\\" in name or not name.isprintable():
+    if name != Path(name).name or name.startswith(".") or "\0" in name:
         raise SecurityError(f"{MANIFEST_FILE}: {name!r}", expected="a plain file name")
     return name

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from converters.checkpoint.dtypes import itemsize
 from converters.checkpoint.header import TensorEntry, build_header, num_rows
 from converters.errors import InputError
+from converters.quant.quality import TensorQuality
 from converters.transforms.rows import RowTransform
 
 if TYPE_CHECKING:
@@ -104,6 +105,11 @@ class SourceRows:
         """Whether the rows alone are what is read, all columns of them."""
         return self.columns is None and not self.beside and self.right is None
 
+    @property
+    def num_reads(self) -> int:
+        """Number of tensors that are read at once: these rows', those beside them, those to the right."""
+        return 1 + len(self.beside) + (self.right.num_reads if self.right is not None else 0)
+
     def reads(self) -> "Iterator[tuple[str, int, int]]":
         """Yield name, start and stop of all rows that are read: these, those beside them, those to the right."""
         yield self.name, self.start, self.stop
@@ -133,6 +139,7 @@ class Unit:
         equals: source rows that hold the same values as the sources, or that the transform knows; they are not read.
         group: the sources of all weights that share one scale, own rows included. Their largest magnitude is found
             before the first block, and the transform gets it last, as fp32 (1, 1). Empty: it needs none.
+        quality: errors of codes that are copied; None: they are measured as they are made, or there are none.
     """
 
     outputs: tuple[OutputTensor, ...]
@@ -140,6 +147,7 @@ class Unit:
     transform: RowTransform
     equals: tuple[SourceRows, ...] = ()
     group: tuple[SourceRows, ...] = ()
+    quality: TensorQuality | None = None
 
     @property
     def nbytes(self) -> int:
@@ -241,6 +249,11 @@ class OutputPlan:
         return dict(sorted(pairs.items()))
 
     @property
+    def num_tensors(self) -> int:
+        """Number of tensors in all files."""
+        return sum(len(shard.entries) for shard in self.shards)
+
+    @property
     def files(self) -> set[str]:
         """Names of all shards."""
         return {shard.file for shard in self.shards}
@@ -287,8 +300,10 @@ class OutputPlan:
                 raise InputError(f"tensor {entry.name}", expected="a place in the plan", found="none")
             elif entry.name in used and not used[entry.name].is_tiled(entry.rows):
                 raise InputError(f"tensor {entry.name}", expected="one place for each row", found=str(used[entry.name]))
-        outputs = sum(len(shard.entries) for shard in self.shards)
-        assert outputs == len(self.weight_map), "two outputs with one name"
+        names: dict[int | None, set[str]] = {}
+        for shard in self.shards:
+            names.setdefault(shard.rank, set()).update(entry.name for entry in shard.entries)
+        assert sum(map(len, names.values())) == self.num_tensors, "two outputs with one name"
 
 
 @dataclass(slots=True)

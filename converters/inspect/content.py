@@ -150,11 +150,18 @@ class ContentScan:
         return TensorContent(tensor, digest.hexdigest() if self.want_hash else "", values)
 
     def _blocks(self, tensor: LogicalTensor) -> Iterator[memoryview]:
-        for piece in tensor.pieces:
-            for begin in range(piece.begin, piece.end, BLOCK_BYTES):
-                block = self.buffers.block[: min(BLOCK_BYTES, piece.end - begin)]
-                self.reader.read_into(piece.stored, begin, block)
-                yield block
+        filled = 0
+        for span in tensor.spans():
+            begin = span.begin
+            while begin < span.end:
+                count = min(BLOCK_BYTES - filled, span.end - begin)
+                self.reader.read_into(span.stored, begin, self.buffers.block[filled : filled + count])
+                begin, filled = begin + count, filled + count
+                if filled == BLOCK_BYTES:
+                    yield self.buffers.block[:filled]
+                    filled = 0
+        if filled:
+            yield self.buffers.block[:filled]
 
 
 def content_digest(contents: Iterable[TensorContent]) -> str:

@@ -6,11 +6,11 @@ from math import prod
 
 from converters.checkpoint.dtypes import FLOAT_DTYPES, itemsize
 from converters.checkpoint.header import TensorEntry
-from converters.config import Glm4MoeConfig
+from converters.config import CONFIG_FILE, Glm4MoeConfig
 from converters.errors import InputError
 from converters.formats.weights import cells
 from converters.layout import Layout, Stored, StoredLayout, is_cache_scale, most_common_layout, parse_known
-from converters.schema import ParsedName, schema_for_parsed
+from converters.schema import ParsedName, Tensor, schema_for_parsed
 
 # a suffix whose values repeat the shape of the weight; in another layout they differ and mean the same
 SHAPE_SUFFIX = "weight_shape"
@@ -45,8 +45,9 @@ class Piece:
 class LogicalTensor:
     """A tensor under its official, split name. Its bytes are those of its pieces, one after the other.
 
+    Where `num_rows` is set, the pieces stand side by side instead, with so many rows each.
     `parsed` is None for a name that no layout has; `pieces` is empty where the stored tensor has a shape that cannot
-    be cut up.
+    be cut up, and where it repeats the shape of what several weights are stored as.
     """
 
     name: str
@@ -54,6 +55,17 @@ class LogicalTensor:
     shape: tuple[int, ...]
     pieces: tuple[Piece, ...]
     parsed: ParsedName | None
+    num_rows: int = 0
+
+    def spans(self) -> Iterator[Piece]:
+        """Yield what to read for its bytes, in their order."""
+        if not self.num_rows:
+            yield from self.pieces
+        for row in range(self.num_rows):
+            for piece in self.pieces:
+                row_bytes = (piece.end - piece.begin) // self.num_rows
+                begin = piece.begin + row * row_bytes
+                yield Piece(piece.stored, begin, begin + row_bytes)
 
     @property
     def nbytes(self) -> int:
@@ -81,14 +93,14 @@ class LogicalView:
         stored: the layout applied to the schema that fits the names; None without a usable config.
         parts: entries of every stored weight by suffix, under the name it would have if it were not quantized.
         foreign: names that belong to another layout than most.
-        misfits: stored tensors whose shape is not the layout's: expected and found.
+        misfits: stored tensors whose shape, or dtype, is not the layout's: expected and found.
     """
 
     stored: StoredLayout | None
     tensors: dict[str, LogicalTensor] = field(default_factory=dict)
     parts: dict[str, dict[str, TensorEntry]] = field(default_factory=dict)
     foreign: dict[str, frozenset[Layout]] = field(default_factory=dict)
-    misfits: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = field(default_factory=dict)
+    misfits: dict[str, tuple[str, str]] = field(default_factory=dict)
 
     @property
     def layout(self) -> str:
@@ -99,6 +111,10 @@ class LogicalView:
         """Take in tensors by their official names."""
         for tensor in tensors:
             self.tensors[tensor.name] = tensor
+
+    def misfit(self, entry: TensorEntry, shape: tuple[int, ...]) -> None:
+        """Remember a stored tensor that should have another shape."""
+        self.misfits[entry.name] = f"{list(shape)}, from {CONFIG_FILE}", f"{list(entry.shape)}"
 
 
 def logical_view(
@@ -148,19 +164,31 @@ def _resolve(view: LogicalView, entry: TensorEntry, parsed: ParsedName) -> Itera
     view.parts.setdefault(stored.name, {})[suffix] = entry
     if stored.stack is None and len(stored.elements[0]) == 1:
         yield _whole(entry, stored, suffix)
+    elif suffix == SHAPE_SUFFIX:
+        yield from _shapes(view, entry, stored)
     else:
         yield from _cut(view, entry, stored, suffix)
 
 
-def _named(stored: Stored, element: int, index: int, suffix: str) -> tuple[str, ParsedName]:
-    tensor = stored.elements[element][index].tensor
+def official(tensor: Tensor, suffix: str) -> tuple[str, ParsedName]:
+    """Return the official name of a part of a tensor's quantized form, whole and taken apart."""
     name = f"{tensor.module}.{suffix}" if suffix else tensor.name
     return name, ParsedName(tensor.spec, tensor.layer, tensor.expert, suffix or None)
 
 
 def _whole(entry: TensorEntry, stored: Stored, suffix: str) -> LogicalTensor:
-    name, parsed = _named(stored, 0, 0, suffix)
+    name, parsed = official(stored.elements[0][0].tensor, suffix)
     return LogicalTensor(name, entry.dtype, entry.shape, (Piece(entry.name, 0, entry.nbytes),), parsed)
+
+
+def _shapes(view: LogicalView, entry: TensorEntry, stored: Stored) -> Iterator[LogicalTensor]:
+    """Yield what would repeat the shapes of weights that are stored as one: it repeats the shape of the one."""
+    if entry.shape != (len(stored.shape),):
+        view.misfit(entry, (len(stored.shape),))
+    for pieces in stored.elements:
+        for piece in pieces:
+            name, parsed = official(piece.tensor, SHAPE_SUFFIX)
+            yield LogicalTensor(name, entry.dtype, entry.shape, (), parsed)
 
 
 def _cut(view: LogicalView, entry: TensorEntry, stored: Stored, suffix: str) -> Iterator[LogicalTensor]:
@@ -171,7 +199,7 @@ def _cut(view: LogicalView, entry: TensorEntry, stored: Stored, suffix: str) -> 
     lead = stored.stack or 1
     grid = entry.shape[1:] if stored.stack is not None else entry.shape
     grid_rows, grid_columns = (grid[0] if grid else 1), prod(grid[1:])
-    fits = (stored.stack is None or entry.shape[:1] == (lead,)) and suffix != SHAPE_SUFFIX
+    fits = stored.stack is None or entry.shape[:1] == (lead,)
     if not suffix and entry.dtype in FLOAT_DTYPES:
         fits = entry.shape == stored.shape
     grain = _row_grain(grid_rows, stored.rows)
@@ -179,12 +207,12 @@ def _cut(view: LogicalView, entry: TensorEntry, stored: Stored, suffix: str) -> 
     row_bytes = grid_columns * itemsize(entry.dtype)
     for element in range(lead):
         row = 0
-        for index, piece in enumerate(stored.elements[element]):
+        for piece in stored.elements[element]:
             num_rows = piece.rows[1] - piece.rows[0]
             first, count = (row // grain, cells(num_rows, grain)) if grain else (0, 1)
-            name, parsed = _named(stored, element, index, suffix)
+            name, parsed = official(piece.tensor, suffix)
             if not fits or (grain and row % grain):
-                view.misfits[entry.name] = (stored.shape, entry.shape)
+                view.misfit(entry, stored.shape)
                 yield LogicalTensor(name, entry.dtype, (), (), parsed)
             else:
                 begin = (element * grid_rows + first) * row_bytes

@@ -12,6 +12,7 @@ from converters.inspect.logical import LogicalView, logical_view
 from converters.inspect.parallel import ParallelReport, parallel_report
 from converters.inspect.quantization import Quantization, describe, read_declaration
 from converters.inspect.quantized import quantized_findings
+from converters.inspect.slots import join_slots
 from converters.inspect.structure import Structure, compare_with_config
 from converters.inspect.survey import Survey, survey
 from converters.inspect.totals import DtypeRow, Totals, census, count
@@ -116,6 +117,7 @@ def inspect_folder(folder: Path, label: str) -> InspectReport:
     if found.config is None or view.stored is None:
         return InspectReport(label, found, view, None, None, rows, _ordered(found.findings))
     declared = read_declaration(found.raw_config, folder)
+    join_slots(view, declared.schemes)
     structure = compare_with_config(view.stored, view, found.unreadable, declared)
     mtp = mtp_facts(found, structure, view)
     quantization = describe(structure.modules, structure.schema.tensors, declared, found.raw_config)

@@ -73,8 +73,8 @@ def _report_layout(result: Structure, view: LogicalView) -> None:
     if names:
         found = f"{names[0]}, of layout {' or '.join(sorted(view.foreign[names[0]]))}{_more(names)}"
         result.report(catalog.LAYOUTS_MIXED, "layout", f"{view.layout} throughout, as most tensors are", found)
-    for name, (expected, found_shape) in view.misfits.items():
-        result.report(catalog.SHAPE, f"tensor {name}", f"{list(expected)}, from {CONFIG_FILE}", f"{list(found_shape)}")
+    for name, (expected, found) in view.misfits.items():
+        result.report(catalog.SHAPE, f"tensor {name}", expected, found)
 
 
 def _find_missing(result: Structure, unreadable: Mapping[str, str]) -> None:

@@ -10,12 +10,12 @@ from converters.numerics.workspace import WORKSPACE, row_chunks
 GROUP = 16
 # codes of E4M3 around that of amax / 6: 0.8 to 1.75 times it. Four over six is +4; +2 and those further away win in
 # 0.3 % of the groups and make no difference to the error
-_OFFSETS = (4, 5, -1, 1, 3, 6, -2)
+OFFSETS = (4, 5, -1, 1, 3, 6, -2)
 # a candidate has to be better than this, so that it is better whatever rounding does here and in dequantizing: a scaled
 # weight t <= 8 is off by 2**-22 t, near a tie that shows twice, so d = t - code by less than e = 6e-6. Then sum(d^2) is
 # off by less than 8 e sqrt(sum(d^2)) + 16 e^2 <= 2**-10 sum(d^2) + 2**-20 on either side, each in units of its own
 # scale; these differ by less than 1.3 among normal numbers and by 3, squared 9, between the codes 3 and 1
-_RELATIVE, _ABSOLUTE = 1 + 2.0**-8, 2.0**-16
+RELATIVE, ABSOLUTE = 1 + 2.0**-8, 2.0**-16
 _LARGEST_CODE = 0x7E
 # more values at once than elsewhere: there are many short operations along the groups
 _CHUNK = 1 << 18
@@ -41,12 +41,12 @@ def search_scales(weight_RC: torch.Tensor, local_RG: torch.Tensor, divisor_11: t
 
 def _search(size_CN: torch.Tensor, start_N: torch.Tensor) -> torch.Tensor:
     """Return the E4M3 codes (N,) of the best scales of |weights|, around the given codes."""
-    offset_K1 = torch.tensor((0, *_OFFSETS), dtype=torch.int32, device=start_N.device).unsqueeze(1)
+    offset_K1 = torch.tensor((0, *OFFSETS), dtype=torch.int32, device=start_N.device).unsqueeze(1)
     code_KN = (start_N + offset_K1).clamp_(1, _LARGEST_CODE)
     # moved to the place of the fp32 exponent, a code is its value, subnormal or not, but for the bias of 120
     scale_KN = code_KN.bitwise_left_shift_(20).view(torch.float32).mul_(2.0**120)
     error_KN = _errors(size_CN, scale_KN.reciprocal())
-    error_KN[1:].mul_(_RELATIVE).add_(_ABSOLUTE)
+    error_KN[1:].mul_(RELATIVE).add_(ABSOLUTE)
     # a positive float is ordered as its bits are; the lowest four say by how much the code differs
     key_KN = error_KN.mul_(scale_KN).mul_(scale_KN).view(torch.int32).bitwise_and_(~15).bitwise_or_(offset_K1 & 15)
     best_N = key_KN[0]

@@ -27,6 +27,9 @@ if TYPE_CHECKING:
     from converters.quant.rounded import Rounded
     from converters.quant.stats import CalibrationStats
 
+# parts of a job's identity that a calibration brings in
+MEASURED = frozenset({"stats_sha256", "rounded_sha256"})
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QuantizeOptions:

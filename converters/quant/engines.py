@@ -11,6 +11,8 @@ from converters.schema import Role
 
 _VLLM, _SGLANG, _TRT, _HF = "vLLM", "SGLang", "TensorRT-LLM", "transformers"
 _MODELOPT_FIRST = "for TensorRT-LLM, write --format modelopt"
+_NVFP4_IN_HF = "transformers 5.23 loads the experts and gives wrong values without a word"
+_CODES_IN_HF = "transformers 5.23 takes the codes for weights, without a word"
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,23 +27,27 @@ _CT, _MODELOPT = Format.COMPRESSED_TENSORS, Format.MODELOPT
 _SUPPORT: dict[tuple[Format, str], Support] = {
     (_CT, "fp8"): Support((_VLLM, _SGLANG, _TRT, _HF)),
     (_CT, "fp8-block"): Support((_VLLM, _SGLANG, _TRT), "transformers 5.23 does not load it; --format deepseek does."),
-    (_CT, "fp8-static"): Support((_VLLM, _SGLANG), f"{_MODELOPT_FIRST}."),
+    (_CT, "fp8-static"): Support((_VLLM, _SGLANG, _HF), f"{_MODELOPT_FIRST}."),
     (_CT, "int8"): Support(
         (_VLLM,),
         "SGLang reads it on CUDA with --quantization w8a8_int8 only; TensorRT-LLM takes the codes for FP8, and "
         "transformers 5.23 does not load it.",
     ),
     (_CT, "int8-weight-only"): Support((_VLLM, _SGLANG, _HF), "TensorRT-LLM does not read packed int8."),
-    (_CT, "nvfp4"): Support((_VLLM, _SGLANG), f"{_MODELOPT_FIRST}: it does not find these names."),
+    (_CT, "nvfp4"): Support((_VLLM, _SGLANG), f"{_MODELOPT_FIRST}: it does not find these names; {_NVFP4_IN_HF}."),
     (_CT, "nvfp4-weight-only"): Support(
         (_VLLM, _SGLANG),
-        "transformers 5.23 loads the experts and gives wrong values without a word; TensorRT-LLM does not read it.",
+        f"{_NVFP4_IN_HF}; TensorRT-LLM does not read it.",
     ),
-    (_MODELOPT, "fp8"): Support((_TRT,), "vLLM has no experts for FP8_PER_CHANNEL_PER_TOKEN; the default format has."),
+    (_MODELOPT, "fp8"): Support(
+        (_TRT,), f"vLLM has no experts for FP8_PER_CHANNEL_PER_TOKEN; the default format has. {_CODES_IN_HF}."
+    ),
     (_MODELOPT, "fp8-block"): Support(
-        (), "No engine is known to load experts as FP8_PB_WO; the other formats of fp8-block are read by all."
+        (),
+        "No engine is known to load experts as FP8_PB_WO; the other formats of fp8-block are read by all. "
+        f"{_CODES_IN_HF}.",
     ),
-    (_MODELOPT, "fp8-static"): Support((_VLLM, _SGLANG, _TRT)),
+    (_MODELOPT, "fp8-static"): Support((_VLLM, _SGLANG, _TRT), f"{_CODES_IN_HF}."),
     (_MODELOPT, "nvfp4"): Support((_VLLM, _SGLANG, _TRT)),
     (_MODELOPT, "nvfp4-weight-only"): Support((_VLLM,)),
     (Format.DEEPSEEK, "fp8-block"): Support((_VLLM, _SGLANG, _TRT, _HF)),
@@ -56,13 +62,21 @@ def engines_of(recipes: Sequence[Recipe]) -> tuple[str, ...]:
     return tuple(engine for engine in left if all(engine in engines for engines in found))
 
 
-def engine_notes(recipes: Sequence[Recipe], roles: Mapping[Role, str], mtp: MtpPolicy | None) -> list[str]:
+def is_one_kind_of_experts(roles: Mapping[Role, str]) -> bool:
+    """Return whether routed and shared experts are stored alike, given the scheme of each role that is quantized."""
+    return roles.get(Role.EXPERT) == roles.get(Role.SHARED_EXPERT)
+
+
+def engine_notes(
+    recipes: Sequence[Recipe], roles: Mapping[Role, str], mtp: MtpPolicy | None, *, has_kv_scales: bool = False
+) -> list[str]:
     """Return what engines are known to do otherwise than one may expect, a sentence each.
 
     Args:
         recipes: the different ones in use.
         roles: the scheme of each role that is quantized.
         mtp: what becomes of the MTP layer, if there is one.
+        has_kv_scales: scales of an FP8 KV cache are written.
     """
     notes = [
         f"{recipe.scheme} as {recipe.format}: {note}"
@@ -71,11 +85,13 @@ def engine_notes(recipes: Sequence[Recipe], roles: Mapping[Role, str], mtp: MtpP
     ]
     if len(recipes) > 1:
         notes.append("TensorRT-LLM does not take several schemes in one GLM model.")
-    if roles.get(Role.EXPERT) != roles.get(Role.SHARED_EXPERT):
+    if not is_one_kind_of_experts(roles):
         notes.append(
             "Routed and shared experts are stored differently; SGLang wants --disable-shared-experts-fusion for that."
         )
     is_touched = mtp in (MtpPolicy.QUANTIZE, MtpPolicy.QUANTIZE_EXPERTS)
     if is_touched and any(recipe.format is _MODELOPT and recipe.scheme == "nvfp4" for recipe in recipes):
         notes.append("SGLang takes the MTP layer of ModelOpt's NVFP4 for unquantized and will not load this one.")
+    if has_kv_scales:
+        notes.append("SGLang skips the scales of the KV cache in this model, and takes 1.")
     return notes

@@ -24,6 +24,7 @@ from converters.checkpoint.plan import OutputTensor, Shard, SourceRows, Unit
 from converters.checkpoint.writer import ShardWriter, disk_errors, remove_partials, write_file
 from converters.config import read_json
 from converters.errors import InputError, UsageError
+from converters.quant.quality import TensorQuality
 from converters.quant.scheme import Recipe
 from converters.schema import Tensor
 from converters.source import Source
@@ -66,6 +67,7 @@ class Rounded:
         entries: file and place of each tensor, by the name it has in the result.
         digests: sha256 of each file.
         sha256: of rounded.json, which has the digests of all files.
+        quality: errors of the codes, by the name of the tensor that holds them.
     """
 
     folder: Path
@@ -74,6 +76,7 @@ class Rounded:
     entries: dict[str, tuple[str, TensorEntry]]
     digests: dict[str, str]
     sha256: str
+    quality: dict[str, TensorQuality]
 
     @classmethod
     def load(cls, folder: Path) -> "Rounded":
@@ -88,11 +91,11 @@ class Rounded:
                 f"rounded weights {folder}",
                 expected=f"a folder with {MANIFEST}",
                 found="an unfinished one" if folder.is_dir() else "none",
-                next_step="Run quantize with --method gptq and --calibrate TEXT.",
+                next_step="Run 'glm4moe calibrate' with --method gptq again, or quantize with --calibrate TEXT.",
             )
         raw = read_json(path, _MAX_MANIFEST_BYTES)
         if raw.get("schema") != SCHEMA or not all(
-            isinstance(raw.get(key), dict) for key in ("files", "recipes", "provenance")
+            isinstance(raw.get(key), dict) for key in ("files", "recipes", "provenance", "quality")
         ):
             raise InputError(str(path), expected=f"a manifest of the form {SCHEMA}", found="something else")
         entries = {
@@ -101,7 +104,8 @@ class Rounded:
             for entry in read_header(checked_path(folder, file))
         }
         digest = hashlib.sha256(read_file(path)).hexdigest()
-        return cls(folder, raw["provenance"], raw["recipes"], entries, raw["files"], digest)
+        quality = {name: TensorQuality(**errors) for name, errors in raw["quality"].items()}
+        return cls(folder, raw["provenance"], raw["recipes"], entries, raw["files"], digest, quality)
 
     def prove(self) -> None:
         """Read every file and hold it against its digest.
@@ -140,6 +144,11 @@ class Rounded:
         wider = replace(index, entries={**index.entries, **added}, elsewhere={**index.elsewhere, **elsewhere})
         return replace(source, reader=source.reader.widened(wider))
 
+    @property
+    def _copy(self) -> Copy:
+        # two calibrations round a weight differently: what one made is not to be taken for the other's
+        return Copy(name=f"gptq {self.sha256[:12]}")
+
     def units(self, tensor: Tensor, wanted: Unit, recipe: Recipe) -> list[Unit]:
         """Return what copies the codes and scales of a weight that a unit would make by rounding.
 
@@ -165,7 +174,8 @@ class Rounded:
                 )
             rows = SourceRows(f"{_PREFIX}{output.name}", 0, output.rows)
             whole = OutputTensor(output.name, output.dtype, output.shape)
-            units.append(Unit((whole,), (rows,), Copy(name="gptq"), equals=() if number else wanted.sources))
+            equals = () if number else wanted.sources
+            units.append(Unit((whole,), (rows,), self._copy, equals, quality=self.quality.get(output.name)))
         return units
 
 
@@ -224,14 +234,28 @@ class RoundedWriter:
                 (self.folder / file).unlink(missing_ok=True)
             self.folder.rmdir()
 
-    def finish(self, provenance: Mapping[str, Any], recipes: Mapping[str, Recipe], report: Mapping[str, Any]) -> None:
-        """Write the manifest; with it, the folder is finished."""
+    def finish(
+        self,
+        provenance: Mapping[str, Any],
+        recipes: Mapping[str, Recipe],
+        report: Mapping[str, Any],
+        quality: Mapping[str, TensorQuality],
+    ) -> None:
+        """Write the manifest; with it, the folder is finished.
+
+        Args:
+            provenance: of the statistics.
+            recipes: how each weight is stored, by the tensor's name.
+            report: errors on the text, by module.
+            quality: errors of the codes, by the name of the tensor that holds them.
+        """
         facts = {
             "schema": SCHEMA,
             "provenance": provenance,
             "files": self._digests,
             "recipes": {name: recipe_json(recipe) for name, recipe in recipes.items()},
             "errors": report,
+            "quality": {name: asdict(errors) for name, errors in quality.items()},
         }
         text = json.dumps(facts, indent=1, sort_keys=True, allow_nan=False)
         write_file(self.folder / MANIFEST, text.encode() + b"\n")

@@ -125,7 +125,7 @@ class ParallelMapping:
             "moe_tp": self.moe_tp,
             "expert_placement": str(self.placement),
             "redundant_experts": self.redundant_experts,
-            "shared_experts": str(self.shared_experts),
+            "shared_expert": str(self.shared_experts),
             "layers_of_stages": list(self.stages),
         }
 
@@ -140,7 +140,7 @@ class ParallelMapping:
             return cls(
                 **{name: _size(value, name) for name in ("tp", "ep", "pp", "redundant_experts")},
                 placement=Placement(value["expert_placement"]),
-                shared_experts=SharedExperts(value["shared_experts"]),
+                shared_experts=SharedExperts(value["shared_expert"]),
                 stages=tuple(map(int, value["layers_of_stages"])),
             )
         except (KeyError, TypeError, ValueError, UsageError) as error:

@@ -95,6 +95,7 @@ def plan_shard(source: Source, options: ShardOptions, command: str = "shard") ->
         command,
         _options_json(options, mapping, layout),
         generated=generated,
+        notes=_notes(options),
         engines=_ENGINES[options.files],
     )
 
@@ -146,6 +147,16 @@ def balance(planner: SliceUnits, schema: ModelSchema, mapping: ParallelMapping) 
         else:
             last += nbytes
     return mapping.balanced(balance_stages(sizes, first, last, mapping.pp))
+
+
+def _notes(options: ShardOptions) -> tuple[str, ...]:
+    """Return what was not seen to work, though nothing speaks against it."""
+    mapping = options.mapping
+    if options.files is not ShardLayout.VLLM or (mapping.ep == 1 and mapping.pp == 1):
+        return ()
+    return (
+        f"vLLM {VLLM_VERSION} finds every parameter of such shards; tokens were compared for tensor parallelism alone.",
+    )
 
 
 def _dropped(source: Source, schema: ModelSchema) -> dict[str, str]:
@@ -203,10 +214,15 @@ class _Packer:
     def _rows(self, whole: Stored) -> dict[int, _Row]:
         """Return the units of one tensor by stage and tp rank; ranks that have the same slice share them."""
         slices = self.cutter.slices(whole)
+        outputs: dict[OutputTensor, OutputTensor] = {}
         shares = has_copies(whole, [own.stored for own in slices]) or any(len(own.ranks) > 1 for own in slices)
         rows: dict[int, _Row] = {}
         for own in slices:
-            units = self.planner.shared_units(own.stored) if shares else list(self.planner.units(own.stored))
+            made = self.planner.shared_units(own.stored) if shares else self.planner.units(own.stored)
+            # of hundreds of thousands of outputs, those of all ranks are alike
+            units = [
+                replace(unit, outputs=tuple(outputs.setdefault(out, out) for out in unit.outputs)) for unit in made
+            ]
             for rank in map(self.cutter.mapping.rank, own.ranks):
                 rows.setdefault(rank.stage, {})[rank.tp] = units
         return rows

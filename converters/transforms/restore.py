@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING
 
+from converters.quant.quality import TensorQuality
 from converters.quant.scheme import Arithmetic
 from converters.transforms.quantize import (
     QuantizeFp8Block,
@@ -82,6 +83,11 @@ class Sampler:
         self.squared_errors: list[float] = []
         self.squares: list[float] = []
         self.clipped = self.count = 0
+
+    @property
+    def quality(self) -> TensorQuality:
+        """The errors of what was taken in."""
+        return TensorQuality.of_sums(self.squared_errors, self.squares, self.clipped, self.count)
 
     def add(self, row: int, rows_RC: "torch.Tensor", blocks: "tuple[torch.Tensor, ...]", every: int) -> None:
         """Take in the blocks made of source rows that begin with `row`."""

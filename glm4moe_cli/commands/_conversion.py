@@ -139,7 +139,7 @@ def plan_facts(conversion: Conversion, summary: Mapping[str, object]) -> dict[st
     facts: dict[str, object] = {
         "source": f"{format_bytes(conversion.source_bytes)} in {len(conversion.source.reader.names)} tensors",
         "MTP layer": mtp,
-        "output": f"{format_bytes(plan.file_bytes)} in {len(plan.weight_map)} tensors, {len(plan.shards)} shards",
+        "output": f"{format_bytes(plan.file_bytes)} in {plan.num_tensors} tensors, {len(plan.shards)} shards",
         "made by": made,
         "memory": f"{format_bytes(int(str(summary['peak_block_bytes'])))} in flight, {summary['workers']} workers",
     }

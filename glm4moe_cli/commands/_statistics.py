@@ -112,10 +112,10 @@ def statistics(
     )
     how = Rounding(rounding, rounded_folder(path)) if rounding else None
     with planned(src, wanted.texts, options, how) as job:
-        if path.exists():
-            found = CalibrationStats.load(path)
-            if found.provenance == job.provenance:
-                return found
+        found = CalibrationStats.load(path) if path.exists() else None
+        if found is not None and found.provenance == job.provenance and not job.has_lost_rounded:
+            return found
+        if found is not None and found.provenance != job.provenance:
             raise UsageError(
                 f"--calibrate: {path}",
                 expected="no file, or the statistics of these texts and options",

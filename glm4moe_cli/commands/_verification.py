@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from converters.compare import StructureReport
 from converters.errors import UsageError, VerificationFailed
+from converters.formats.inputs import FULL
 from glm4moe_cli._output import Output
 from runtime.verify.limits import Limits, Overrides, choose_limits
 from runtime.verify.report import Levels, Verdict, VerifyReport, build_report
@@ -106,8 +107,10 @@ def show(output: Output, report: VerifyReport) -> None:
             output.table("Tensors with the largest error", WORST_COLUMNS, worst_rows(weights))
     if report.logits is not None:
         output.table("Routing", ROUTING_COLUMNS, routing_rows(report.logits.routing))
-        names = {"text": "protocol", "compute": "dtype", "activations": "activations", "device": "device"}
-        output.facts("Protocol", {label: getattr(report.logits, name) for label, name in names.items()})
+        compute = report.logits.dtype
+        if report.logits.activations != FULL:
+            compute += f", activations {report.logits.activations}"
+        output.facts("Protocol", {"text": report.logits.protocol, "compute": compute, "device": report.logits.device})
     if report.verdict is Verdict.WARN:
         for reason in report.reasons[:MAX_FINDINGS]:
             output.warning(reason)

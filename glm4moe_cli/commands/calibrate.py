@@ -7,7 +7,7 @@ import click
 from click.core import ParameterSource
 
 from converters.errors import InputError, UsageError
-from converters.quant.rounded import MANIFEST, rounded_folder
+from converters.quant.rounded import rounded_folder
 from converters.quant.stats import CalibrationStats, LayerCoverage, coverage, other_file
 from glm4moe_cli._options import (
     ByteSize,
@@ -183,9 +183,7 @@ def _finished(stats: Path, job: "CalibrationJob") -> CalibrationStats | None:
         raise other_file(stats) from error
     if found.provenance != job.provenance:
         raise other_file(stats)
-    # the statistics are there, but what was rounded with them is not
-    is_lost = job.rounding is not None and not (job.rounding.folder / MANIFEST).is_file()
-    return None if is_lost else found
+    return None if job.has_lost_rounded else found
 
 
 def _run(output: Output, job: "CalibrationJob") -> CalibrationStats:

@@ -9,9 +9,10 @@ import click
 from converters.errors import UsageError
 from converters.job import JobOptions
 from converters.pipeline import RunOptions
-from converters.quant.choice import choose
-from converters.quantize import plan_quantize
+from converters.quant.choice import QuantizeOptions, choose
+from converters.quantize import check_quantize, plan_quantize
 from converters.remote import HubId
+from converters.source import Source
 from glm4moe_cli._options import (
     device_option,
     disk_budget_option,
@@ -88,6 +89,8 @@ def command(
             name = "--method gptq" if is_gptq else "--calibrate"
             raise UsageError(name, expected="a folder as SRC", found=f"{src.repo} on the hub")
         wanted.check_used(choice.needs_stats or is_gptq)
+        if wanted.texts:
+            _check_calibration(source, options, dst, how)
         stats = None
         if choice.needs_stats or is_gptq:
             stats = statistics(
@@ -101,3 +104,15 @@ def command(
         plan_and_run(output, conversion, dst, (RunOptions(workers, max_memory, accelerator), how), dry_run=dry_run)
         if not dry_run and isinstance(src, Path):
             output.hint(f"glm4moe verify {dst} --against {src} --text FILE")
+
+
+def _check_calibration(source: Source, options: QuantizeOptions, dst: Path, how: JobOptions) -> None:
+    """Refuse a calibration that several processes would do at once, or whose result nothing would come of."""
+    if how.part or how.finalize:
+        raise UsageError(
+            "--calibrate",
+            expected="--stats FILE beside --part and --finalize",
+            found="a text, which every part would run on its own",
+            next_step=f"Run 'glm4moe calibrate {source.folder} STATS --text FILE' once first.",
+        )
+    check_quantize(source, options, dst, is_redone=how.update or how.restart)

@@ -4,7 +4,7 @@ The layers above then see the error that is made, as in llm-compressor's sequent
 is rounded before its MLP sees anything.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -17,11 +17,13 @@ from converters.errors import UsageError
 from converters.quant.choice import QuantizeOptions, choose
 from converters.quant.limits import check_columns
 from converters.quant.policy import assign
+from converters.quant.quality import SAMPLE_EVERY, TensorQuality
 from converters.quant.rounded import RoundedWriter
 from converters.quant.scheme import Recipe
-from converters.quant.storage import weight_unit
+from converters.quant.storage import transform_of, weight_unit
 from converters.schema import Tensor
 from converters.source import Source
+from converters.transforms.restore import Sampler
 from runtime.calibrate.gptq import Hessian, gptq, weighted_error
 from runtime.calibrate.grid import GPTQ_SCHEMES, Grid
 from runtime.calibrate.parts import Part
@@ -58,6 +60,7 @@ class Rounder:
         writer: takes codes and scales.
     Attributes:
         errors: by module, what plain rounding would have cost on the text, and what it costs now; see `weighted_error`.
+        quality: errors of the codes themselves, by the name of the tensor that holds them.
     """
 
     loader: ModelLoader
@@ -65,6 +68,7 @@ class Rounder:
     recipes: Mapping[str, Recipe]
     writer: RoundedWriter
     errors: dict[str, tuple[float, float]] = field(default_factory=dict)
+    quality: dict[str, TensorQuality] = field(default_factory=dict)
 
     def begin(self, layer: int) -> bool:
         """Make room for a layer's codes; return whether it has any."""
@@ -106,8 +110,16 @@ class Rounder:
                 grid = Grid.of(weights[tensor.name], largest_11, self.recipes[tensor.name])
                 codes_OI = self._choose(tensor, weights[tensor.name].float(), hessian_II, grid)
                 self._replace(tensor, grid.values(codes_OI))
-                for output, value in zip(self._outputs(tensor), grid.stored(codes_OI), strict=True):
-                    self.writer.write(output.name, value.cpu())
+                self._store(tensor, weights[tensor.name].cpu(), [value.cpu() for value in grid.stored(codes_OI)])
+
+    def _store(self, tensor: Tensor, weight_OI: torch.Tensor, stored: Sequence[torch.Tensor]) -> None:
+        """Write codes and scales, and measure them as those of plain rounding are measured."""
+        outputs = self._outputs(tensor)
+        for output, value in zip(outputs, stored, strict=True):
+            self.writer.write(output.name, value)
+        sampler = Sampler(transform_of(self.recipes[tensor.name]))
+        sampler.add(0, weight_OI, tuple(stored), SAMPLE_EVERY)
+        self.quality[outputs[0].name] = sampler.quality
 
     def _choose(self, tensor: Tensor, weight_OI: torch.Tensor, hessian_II: torch.Tensor, grid: Grid) -> torch.Tensor:
         """Return the codes of GPTQ; the plain ones where nothing was seen, or where they cost no more."""

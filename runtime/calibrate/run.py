@@ -14,7 +14,7 @@ import torch
 import converters
 from converters.checkpoint.manifest import source_digest
 from converters.quant.choice import QuantizeOptions
-from converters.quant.rounded import RoundedWriter, recipe_json
+from converters.quant.rounded import MANIFEST, RoundedWriter, recipe_json
 from converters.quant.scheme import Recipe
 from converters.quant.stats import CalibrationStats, LayerCoverage, coverage
 from converters.schema import Role
@@ -119,6 +119,11 @@ class CalibrationJob:
         }
 
     @property
+    def has_lost_rounded(self) -> bool:
+        """Whether weights are to be rounded and no finished folder of them is there."""
+        return self.rounding is not None and not (self.rounding.folder / MANIFEST).is_file()
+
+    @property
     def read_bytes(self) -> int:
         """Bytes of weights that a run reads; rows of the embedding are not counted."""
         layers = range(len(self.loader.model.model.layers))
@@ -140,7 +145,7 @@ class CalibrationJob:
         rounder = Rounder(self.loader, self.source, self.recipes, writer)
         with writer:
             stats = self._stream(self._start(progress, rounder), progress, on_layer)
-            writer.finish(self.provenance, self.recipes, rounder.errors)
+            writer.finish(self.provenance, self.recipes, rounder.errors, rounder.quality)
         return stats
 
     def _stream(

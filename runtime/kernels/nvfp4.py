@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from converters.numerics.nvfp4 import E2M1_MAX, E4M3_MAX, GROUP
-from converters.numerics.nvfp4_search import _ABSOLUTE, _OFFSETS, _RELATIVE
+from converters.numerics.nvfp4_search import ABSOLUTE, OFFSETS, RELATIVE
 from converters.quant.scheme import Arithmetic, ScaleSearch
 from runtime.kernels.launch import Launch, Rules, as_stored
 from runtime.kernels.numbers import (
@@ -158,7 +158,7 @@ def nvfp4(weight_RC: torch.Tensor, global_11: torch.Tensor, arithmetic: Arithmet
     """
     rows, columns = weight_RC.shape
     rules = Rules(arithmetic, weight_RC.dtype)
-    offsets = (0, *_OFFSETS) if search is ScaleSearch.MSE else ()
+    offsets = (0, *OFFSETS) if search is ScaleSearch.MSE else ()
     packed_RB = torch.empty(rows, columns // 2, dtype=torch.uint8, device=weight_RC.device)
     local_RG = torch.empty(rows, columns // GROUP, dtype=torch.uint8, device=weight_RC.device)
     divisor_11 = global_11.reciprocal() if rules.is_modelopt else global_11
@@ -171,8 +171,8 @@ def nvfp4(weight_RC: torch.Tensor, global_11: torch.Tensor, arithmetic: Arithmet
         "IS_NARROW": rules.is_narrow,
         "CANDIDATES": len(offsets),
         "OFFSETS": sum((offset & 15) << 4 * number for number, offset in enumerate(offsets)),
-        "RELATIVE": _RELATIVE,
-        "ABSOLUTE": _ABSOLUTE,
+        "RELATIVE": RELATIVE,
+        "ABSOLUTE": ABSOLUTE,
     }
     arguments = (as_stored(weight_RC), packed_RB, local_RG, num_groups, float(global_11), float(divisor_11))
     outputs = (packed_RB, local_RG.view(torch.float8_e4m3fn), global_11)

@@ -24,7 +24,7 @@ IMPORTER = {
     "triton": "runtime/kernels/",
     "torch.distributed": "runtime/parallel/",
 }
-STDLIB_ONLY = ("converters/errors.py", "converters/config.py", "converters/schema.py")
+STDLIB_ONLY = ("converters/errors.py", "converters/config.py", "converters/schema.py", "converters/tensors.py")
 
 
 def imports(module: Module) -> Iterator[str]:

@@ -75,6 +75,14 @@ def random_stats(folder: Path) -> CalibrationStats:
         return CalibrationJob(source, text, CalibrateOptions()).run()
 
 
+def engines_of(src: Path, case: Case, stats: CalibrationStats) -> tuple[str, ...]:
+    """Return the engines that the plan names."""
+    options = QuantizeOptions(scheme=case.scheme, format=case.format, **case.options)
+    with open_source(src) as source:
+        needed = stats if choose(source.schema, options).needs_stats else None
+        return plan_quantize(source, options.with_stats(needed)).engines
+
+
 def quantized(src: Path, dst: Path, case: Case, stats: CalibrationStats | None) -> Path:
     """Quantize into a new folder and return it; statistics are only taken where they are needed."""
     options = QuantizeOptions(scheme=case.scheme, format=case.format, **case.options)

@@ -21,7 +21,7 @@ from converters.source import open_source
 from runtime.config import EngineConfig
 from runtime.engine.tokenizer import Tokenizer
 from runtime.model.loader import load_model
-from tests.consumers.cases import CASES, IDS, Case, quantized
+from tests.consumers.cases import CASES, IDS, Case, engines_of, quantized
 
 READ = [
     "fp8, compressed-tensors",
@@ -95,6 +95,12 @@ def test_transformers_is_silently_wrong(name, result, tmp_path):
     folder = result(name)
     found, expected = logits(folder), logits(dequantized(folder, tmp_path / "plain"))
     assert (found - expected).norm() > 0.5 * expected.norm()
+
+
+@pytest.mark.parametrize("name", [*READ, *REFUSED, *WRONG, "fp8-block, deepseek"])
+def test_the_plan_names_transformers_where_it_reads_the_result(name, source, stats):
+    is_read = name in {*READ, "fp8-block, deepseek"}
+    assert ("transformers" in engines_of(source, CASES[name], stats)) is is_read
 
 
 def test_every_scheme_and_format_is_accounted_for():

@@ -61,7 +61,7 @@ def test_summaries() -> None:
     }
     assert by_role(quality) == {
         "attention": [TensorQuality(0.3, 0.0)],
-        "expert": [TensorQuality(0.1, 0.5), TensorQuality(0.3, 0.1)],
+        "expert": [TensorQuality(0.3, 0.1), TensorQuality(0.1, 0.5)],
     }
     assert mean(by_role(quality)["expert"]) == TensorQuality(0.2, 0.3)
     # equal errors in the order of their names
@@ -147,7 +147,8 @@ def test_card_of_a_released_model_names_its_base() -> None:
         num_parameters=8,
         num_bytes=plan.total_bytes,
         weights=[],
-        calibration={"num_tokens": "512"},
+        calibration=["- Calibrated: num tokens 512"],
+        notes=["TensorRT-LLM does not."],
         quality={},
         serving=[],
         tensor_parallel="1, 2",
@@ -159,4 +160,5 @@ def test_card_of_a_released_model_names_its_base() -> None:
     assert metadata["tags"] == ["glm4_moe", "compressed-tensors", "experts", "nvfp4", "attention", "fp8", "glm4moe"]
     assert "16.00 bits per parameter" in text
     assert "## Errors\n\nNot measured." in text
-    assert "- Calibration: num_tokens 512" in text
+    assert "- Calibrated: num tokens 512" in text
+    assert "- TensorRT-LLM does not." in text

@@ -14,7 +14,7 @@ from converters.numerics.fp8 import dequantize_channel, quantize_channel
 from converters.pipeline import RunOptions
 from converters.quant.scheme import Arithmetic
 from converters.quantize import QuantizeOptions, plan_quantize
-from converters.schema import DtypePolicy, Role, expand, schema_for_names
+from converters.schema import DtypePolicy, Role, expand
 from converters.source import open_source
 
 
@@ -218,4 +218,3 @@ def test_plan_of_a_real_model_has_the_bytes_of_its_format(fixtures_dir: Path) ->
         else:
             official += tensor.numel * (4 if tensor.spec.dtype is DtypePolicy.KEEP_FP32 else 2)
     assert official == 112_558_098_944
-    assert schema_for_names(config, [t.name for t in tensors]).has_mtp_copies

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from converters.config import Glm4MoeConfig
 from converters.errors import InputError
-from converters.schema import COMPANIONS, TABLE, DtypePolicy, Role, expand, parse, schema_for_names
+from converters.schema import COMPANIONS, TABLE, DtypePolicy, Role, expand, parse, schema_for_parsed
 
 # model, MTP copies -> tensors, parameters, bytes with an fp32 correction bias and bf16 otherwise: the Hub's own totals
 OFFICIAL = {
@@ -103,7 +103,7 @@ def test_mtp_style_is_read_from_the_names() -> None:
     config = Glm4MoeConfig.from_hf(small_config())
     for mtp, copies in ((True, True), (True, False), (False, False)):
         names = list(expand(config, mtp=mtp, mtp_copies=copies).tensors)
-        schema = schema_for_names(config, names)
+        schema = schema_for_parsed(config, map(parse, names))
         assert (schema.has_mtp, schema.has_mtp_copies) == (mtp, copies)
 
 
@@ -193,7 +193,7 @@ def test_routers_without_correction_bias_are_read_from_the_names() -> None:
     config = Glm4MoeConfig.from_hf(small_config())
     full = list(expand(config).tensors)
     bare = [name for name in full if parse(name).spec.role is not Role.ROUTER_BIAS]
-    assert list(schema_for_names(config, bare).tensors) == bare
-    assert schema_for_names(config, full).has_router_bias
+    assert list(schema_for_parsed(config, map(parse, bare)).tensors) == bare
+    assert schema_for_parsed(config, map(parse, full)).has_router_bias
     dense = Glm4MoeConfig.from_hf(small_config(first_k_dense_replace=3, num_nextn_predict_layers=0))
-    assert schema_for_names(dense, expand(dense).tensors).has_router_bias
+    assert schema_for_parsed(dense, map(parse, expand(dense).tensors)).has_router_bias

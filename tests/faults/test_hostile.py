@@ -180,12 +180,21 @@ def test_text_of_the_checkpoint_does_not_drive_the_terminal(runner: Runner, src:
 
 
 def test_side_files_with_hostile_names_stay_file_names(runner: Runner, src: Path) -> None:
-    for name in ("a\x1b[31m.txt", "b\n.txt", "-rf.txt", "$(touch x).txt"):
+    names = ("a\x1b[31m.txt", "b\n.txt", "c\\d.txt", "-rf.txt", "$(touch x).txt")
+    for name in names:
         (src / name).write_text("text")
     ended = runner(["convert", str(src), str(src.parent / "dst"), "--json"], src.parent)
     assert ended.code == 0, ended.text
     assert "\x1b" not in ended.text
-    assert (src.parent / "dst" / "$(touch x).txt").read_text() == "text"
+    assert {(src.parent / "dst" / name).read_text() for name in names} == {"text"}
+
+
+def test_side_file_whose_name_is_not_utf8_is_refused_before_anything_is_written(runner: Runner, src: Path) -> None:
+    """It ended as a bug of ours: a journal in UTF-8 cannot hold such a name."""
+    (src / os.fsdecode(b"notes-\xff.txt")).write_text("text")
+    ended = runner(["convert", str(src), str(src.parent / "dst")], src.parent)
+    assert (ended.code, "expected a name in UTF-8" in ended.text) == (4, True), ended.text
+    assert not (src.parent / "dst").exists()
 
 
 def test_output_that_is_or_lies_in_the_source(runner: Runner, src: Path) -> None:

@@ -12,8 +12,8 @@ from converters.shard.source import open_sharded
 from glm4moe_cli import main
 from tests.faults.harness import KILLED, Job, Runner, accepted, accepted_by_transformers, digests, make_job
 
-SHARD = ("shard", "--tp", "2", "--ep", "2", "--pp", "1", "--max-shard-size", "20kB", "--workers", "1")
-MERGE = ("shard", "--merge", "--max-shard-size", "40kB", "--workers", "1")
+SHARD = ("shard", "--tp", "2", "--ep", "2", "--pp", "1", "--max-shard-size", "30kB", "--workers", "1")
+MERGE = ("shard", "--merge", "--max-shard-size", "60kB", "--workers", "1")
 
 
 @dataclass(frozen=True)

@@ -101,6 +101,18 @@ def planned(src: Path, mapping: ParallelMapping, **options: Any) -> None:
         plan_shard(source, ShardOptions(mapping=mapping, files=ShardLayout.VLLM, **options))
 
 
+def test_what_was_not_run_is_said(tiny: Path) -> None:
+    with open_source(tiny) as source:
+        for mapping, count in (
+            (ParallelMapping(tp=2), 0),
+            (ParallelMapping(tp=2, ep=2), 1),
+            (ParallelMapping(pp=2), 1),
+        ):
+            conversion = plan_shard(source, ShardOptions(mapping=mapping, files=ShardLayout.VLLM))
+            assert len(conversion.notes) == count
+            assert all("tokens were compared for tensor parallelism alone" in note for note in conversion.notes)
+
+
 def test_other_versions_are_refused_by_name(tiny: Path) -> None:
     with pytest.raises(UsageError, match=r"--vllm-version 0\.33\.0: expected 0\.32\.0, .* found 0\.33\.0\. Names of"):
         planned(tiny, ParallelMapping(tp=2), vllm_version="0.33.0")

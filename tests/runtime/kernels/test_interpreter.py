@@ -21,3 +21,7 @@ def test_kernel_makes_the_bytes_of_its_twin(found: dict[str, Any], name: str) ->
 
 def test_no_weight_that_is_not_finite_passes(found: dict[str, Any]) -> None:
     assert found["not refused"] == []
+
+
+def test_errors_are_added_up_in_the_twin_s_order(found: dict[str, Any]) -> None:
+    assert found["sums"] == 0

@@ -28,7 +28,14 @@ def test_no_weight_that_is_not_finite_passes() -> None:
     assert not_refused("cuda") == []
 
 
-@pytest.mark.parametrize("name", [name for name in cases() if "one row" not in name])
+def test_errors_are_added_up_in_the_twin_s_order() -> None:
+    from tests.runtime.kernels import sums
+
+    assert sums.differences("cuda") == 0
+
+
+# one case for each transform
+@pytest.mark.parametrize("name", list({case.transform.name: name for name, case in cases().items()}.values()))
 def test_threads_do_not_disturb_each_other(name: str) -> None:
     from runtime.kernels.accelerator import CudaAccelerator
 
