@@ -3,7 +3,6 @@
 It computes with the weights that `convert --dequantize` restores, bit for bit, or it is on the list below.
 """
 
-import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -76,7 +75,6 @@ def test_transformers_computes_with_the_weights_we_restore(name, result, tmp_pat
     assert torch.equal(logits(folder), logits(dequantized(folder, tmp_path / "plain")))
 
 
-@pytest.mark.skipif(importlib.util.find_spec("accelerate") is None, reason="transformers wants accelerate for it")
 def test_transformers_reads_the_deepseek_format(result, tmp_path):
     folder = result("fp8-block, deepseek")
     assert torch.equal(logits(folder), logits(dequantized(folder, tmp_path / "plain")))
