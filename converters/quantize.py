@@ -19,7 +19,7 @@ from converters.quant.calibrated import Calibrated
 from converters.quant.card import Card
 from converters.quant.choice import MEASURED, Choice, QuantizeOptions, choose
 from converters.quant.engines import engine_notes, engines_of
-from converters.quant.limits import check_columns, parallel_table
+from converters.quant.limits import check_columns, parallel_table, row_notes
 from converters.quant.metadata import quantization_file, quantization_json
 from converters.quant.policy import assign, fused_groups
 from converters.quant.scheme import MtpPolicy, Recipe
@@ -55,7 +55,8 @@ def plan_quantize(source: Source, options: QuantizeOptions) -> Conversion:
     plan.check_complete(map(source.reader.entry, source.reader.names))
     different = list(dict.fromkeys(job.recipes.values()))
     engines, limits = engines_of(different), parallel_table(source.config, source.schema, job.recipes)
-    notes = tuple(engine_notes(different, choice.roles, choice.mtp, has_kv_scales=choice.has_kv_scales))
+    engines_say = engine_notes(different, choice.roles, choice.mtp, has_kv_scales=choice.has_kv_scales)
+    notes = (*engines_say, *row_notes(job.schema, job.recipes))
     card = Card(
         source,
         job.schema,

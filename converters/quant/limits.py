@@ -5,9 +5,10 @@ from collections.abc import Mapping
 from converters.config import Glm4MoeConfig
 from converters.errors import UsageError
 from converters.inspect.parallel import SIZES, cut_reason, tensor_fit
-from converters.quant.scheme import GROUP_SIZES, GROUPED_SCHEME, ROLES, SCHEMES, Recipe, scheme_info
+from converters.quant.scheme import BLOCK, GROUP_SIZES, GROUPED_SCHEME, ROLES, SCHEMES, Recipe, scheme_info
 from converters.schema import ModelSchema, Role, Tensor
 
+BLOCK_SCHEME = "fp8-block"
 _NAMES = {role: name for name, role in ROLES.items()}
 
 
@@ -32,6 +33,21 @@ def check_columns(schema: ModelSchema, recipes: Mapping[str, Recipe]) -> None:
             )
 
 
+def row_notes(schema: ModelSchema, recipes: Mapping[str, Recipe]) -> list[str]:
+    """Return a sentence for each role whose fused weights end within a block: written, but vLLM does not load them."""
+    ragged: dict[Role, Tensor] = {}
+    for name, recipe in recipes.items():
+        tensor = schema.tensors[name]
+        if recipe.scheme == BLOCK_SCHEME and tensor.spec.fuse is not None and tensor.shape[0] % BLOCK:
+            ragged.setdefault(tensor.spec.role, tensor)
+    return [
+        f"{BLOCK_SCHEME}: {tensor.spec.part.removesuffix('.weight')} of {_NAMES[role]} has {tensor.shape[0]} rows, "
+        f"{tensor.shape[0] / BLOCK:g} blocks; vLLM refuses that in weights that it multiplies as one. "
+        f"{_without_role(schema, recipes, tensor)}or choose a scheme without blocks."
+        for role, tensor in ragged.items()
+    ]
+
+
 def _what_works(schema: ModelSchema, recipes: Mapping[str, Recipe], tensor: Tensor, recipe: Recipe) -> str:
     """Return the ways out, as sentences."""
     columns = {schema.tensors[name].shape[1] for name in recipes}
@@ -47,8 +63,10 @@ def _what_works(schema: ModelSchema, recipes: Mapping[str, Recipe], tensor: Tens
     }
     if Role.EXPERT not in misfits and any(schema.tensors[name].spec.role is Role.EXPERT for name in recipes):
         found.append(f"leave {_NAMES[tensor.spec.role]} out with --preset experts-only")
-    pattern = _pattern(tensor)
-    if tensor.spec.fuse is None and tensor.spec.role is not Role.EXPERT:
+    pattern, is_block = _pattern(tensor), recipe.scheme == BLOCK_SCHEME
+    if is_block:
+        found += [text.rstrip(", ") for text in (_without_role(schema, recipes, tensor),) if text]
+    elif tensor.spec.fuse is None and tensor.spec.role is not Role.EXPERT:
         found.append(f"leave it out with --ignore '{pattern}'")
     fitting = [
         scheme
@@ -58,6 +76,14 @@ def _what_works(schema: ModelSchema, recipes: Mapping[str, Recipe], tensor: Tens
     found.append(f"or use a scheme that fits every weight: {', '.join(fitting)}")
     text = "; ".join(found)
     return f"{text[0].upper()}{text[1:]}."
+
+
+def _without_role(schema: ModelSchema, recipes: Mapping[str, Recipe], tensor: Tensor) -> str:
+    """Return how to quantize all roles but that of a weight, with a comma behind it; empty if there is no other."""
+    rest = dict.fromkeys(schema.tensors[name].spec.role for name in recipes)
+    rest.pop(tensor.spec.role)
+    schemes = ",".join(f"{_NAMES[role]}={BLOCK_SCHEME}" for role in rest)
+    return f"Leave {_NAMES[tensor.spec.role]} out with --scheme {schemes}, " if schemes else ""
 
 
 def _pattern(tensor: Tensor) -> str:

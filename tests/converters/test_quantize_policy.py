@@ -14,7 +14,7 @@ from converters.config import Glm4MoeConfig
 from converters.errors import UsageError
 from converters.job import JobOptions, run
 from converters.pipeline import RunOptions
-from converters.quant.limits import check_columns, parallel_table
+from converters.quant.limits import check_columns, parallel_table, row_notes
 from converters.quant.policy import Policy, assign, parse_schemes
 from converters.quant.scheme import MtpPolicy, Preset, Recipe
 from converters.quantize import plan_quantize
@@ -273,6 +273,20 @@ def test_widths_that_a_scheme_cannot_take_are_refused(
 
 def real(fixtures_dir: Path, name: str) -> Any:
     return expand(Glm4MoeConfig.from_hf(json.loads((fixtures_dir / "configs" / f"{name}.json").read_text())))
+
+
+def test_blocks_of_fused_weights_that_engines_refuse_are_told(fixtures_dir: Path) -> None:
+    air = real(fixtures_dir, "GLM-4.5-Air")
+    recipes = recipes_for(air, Recipe("fp8-block"))
+    assert row_notes(air, recipes) == [
+        "fp8-block: gate_proj of dense has 10944 rows, 85.5 blocks; vLLM refuses that in weights that it multiplies as "
+        "one. Leave dense out with --scheme attention=fp8-block,experts=fp8-block,shared-experts=fp8-block, or choose "
+        "a scheme without blocks."
+    ]
+    with pytest.raises(UsageError, match="Leave dense out with --scheme attention=fp8-block,experts=fp8-block,"):
+        check_columns(air, recipes)
+    large = real(fixtures_dir, "GLM-4.6")
+    assert row_notes(large, recipes_for(large, Recipe("fp8-block"))) == []
 
 
 def recipes_for(schema: Any, recipe: Recipe, preset: Preset = Preset.ALL_LINEAR) -> dict[str, Recipe]:
