@@ -6,6 +6,7 @@ from typing import Any
 
 import click
 
+from converters.errors import UsageError
 from converters.shard.mapping import ParallelMapping, Placement, SharedExperts
 
 
@@ -24,6 +25,13 @@ def mapping_options(function: Callable[..., Any]) -> Callable[..., Any]:
         **options: Any,
     ) -> Any:
         mapping = None
+        choices = {
+            "--expert-placement": (expert_placement, Placement.CONTIGUOUS),
+            "--shared-experts": (shared_experts, SharedExperts.SPLIT),
+        }
+        for name, (value, default) in choices.items():
+            if value != default and not (tp or ep or pp):
+                raise UsageError(f"{name} {value}", expected="--tp, --ep or --pp beside it", found="none of them")
         if tp or ep or pp or redundant_experts:
             mapping = ParallelMapping(
                 tp=tp or 1,

@@ -73,7 +73,7 @@ def _what_works(schema: ModelSchema, recipes: Mapping[str, Recipe], tensor: Tens
         for scheme in SCHEMES
         if scheme != recipe.scheme and all(width % scheme_info(scheme).columns == 0 for width in columns)
     ]
-    found.append(f"or use a scheme that fits every weight: {', '.join(fitting)}")
+    found.append(f"{'or ' if found else ''}use a scheme that fits every weight: {', '.join(fitting)}")
     text = "; ".join(found)
     return f"{text[0].upper()}{text[1:]}."
 

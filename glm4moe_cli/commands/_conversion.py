@@ -72,9 +72,10 @@ def plan_and_run(
 def show_fetching(feed: "Feed", plan: StagingPlan, progress: Progress) -> Callable[[str], None]:
     """Let progress also tell what came in; return what describes the work beside it."""
     unit = ""
+    total_bytes = plan.fetch_bytes + sum(file.size for file in feed.staging.side)
 
     def show(fetched_bytes: int) -> None:
-        fetched = f"fetched {format_bytes(fetched_bytes)} of {format_bytes(plan.fetch_bytes)}"
+        fetched = f"fetched {format_bytes(fetched_bytes)} of {format_bytes(total_bytes)}"
         progress.describe(f"{unit}, {fetched}" if unit else fetched)
 
     def describe(text: str) -> None:

@@ -1,6 +1,7 @@
 """`glm4moe calibrate`: one file or none, never another's, the same bytes again; and the real thing on the fixture."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -160,7 +161,15 @@ def test_gptq_rounds_on_the_way_and_quantize_copies(program: Program, call: list
     assert names(tmp_path / "once") == names(dst)
     assert (tmp_path / "once.stats.json").is_file()
     assert program(*words, str(tmp_path / "once"), *text).exit_code == 0
-    # codes were chosen by the text
+    # what was rounded is lost, but not the statistics: it is made again
+    shutil.rmtree(tmp_path / "once.stats.json.gptq")
+    assert program(*words, str(tmp_path / "once"), *text).exit_code == 0
+    # codes were chosen by the text, and the card says so and what it cost
+    card = (dst / "README.md").read_text()
+    assert "--method gptq --stats STATS" in card
+    assert "- Calibrated: codes, by GPTQ; num tokens 200, context length 64, seed 0\n- Text: sha256 `" in card
+    assert "The worst 10:" in card
+    assert "no text was used" not in card
     assert program("quantize", str(src), str(tmp_path / "plain"), *INT8).exit_code == 0
     file = next(path.name for path in sorted(dst.glob("*.safetensors")))
     assert (dst / file).read_bytes() != (tmp_path / "plain" / file).read_bytes()
@@ -212,3 +221,22 @@ def test_a_flipped_bit_in_rounded_weights_is_found(program: Program, call: list[
     assert ended.exit_code == 4
     assert ended.stderr.startswith(f"Error: {file}: expected sha256 ")
     assert not (tmp_path / "dst").exists()
+
+
+def test_calibration_on_the_way_is_not_begun_in_vain(program: Program, call: list[str], tmp_path: Path) -> None:
+    """A text takes hours: what the run would refuse afterwards is refused before."""
+    src, text = call[1], ("--calibrate", str(tmp_path / "text.txt"), "--num-tokens", "64", "--context-length", "32")
+    assert program("quantize", src, str(tmp_path / "taken"), "--scheme", "int8").exit_code == 0
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "x").touch()
+    refusals = {
+        ("taken", "fp8-static"): f"DST {tmp_path}/taken: expected an empty or new folder, found the finished result",
+        ("full", "fp8-static"): f"DST {tmp_path}/full: expected an empty or new folder, found files in it",
+        ("new", "int8-weight-only", "--group-size", "128", "--kv-cache", "fp8"): "--scheme int8-weight-only in groups",
+        ("new", "fp8-static", "--part", "1/2"): "--calibrate: expected --stats FILE beside --part",
+    }
+    for (dst, *words), message in refusals.items():
+        ended = program("quantize", src, str(tmp_path / dst), "--scheme", *words, *text)
+        assert ended.exit_code == 2, ended.stderr
+        assert ended.stderr.startswith(f"Error: {message}")
+    assert not list(tmp_path.glob("*.stats.json"))

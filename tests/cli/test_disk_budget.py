@@ -162,9 +162,11 @@ def test_fetching_shows_in_the_progress_and_time_is_not_made_up(
     ended = program(*args)
     assert ended.exit_code == 0, ended.stderr
     assert "time\tnot known: the network decides, and no weights are here to measure the rest on\n" in ended.stdout
-    weights = sum(len(data) for name, data in files.items() if name.endswith(".safetensors"))
+    unused = (".py", ".bin", ".BIN", "config.json", "index.json", ".png")
+    total = sum(len(files[name]) for name in files if not name.endswith(unused) or name == "generation_config.json")
     last = [line for line in ended.stderr.splitlines() if line.startswith("step=quantize")][-1]
-    assert f" of {weights / 1000:.1f}kB" in last.partition(", fetched ")[2]
+    # weights and the files around them, in what came in as in what there is
+    assert last.endswith(f", fetched {total / 1000:.1f}kB of {total / 1000:.1f}kB")
 
 
 def test_little_is_held_of_a_source_that_is_converted_in_its_order(program: Program, hub: FakeHub) -> None:

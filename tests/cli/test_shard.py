@@ -134,6 +134,17 @@ def test_convert_refuses_what_does_not_go_with_ranks(
     assert not (tmp_path / "dst").exists()
 
 
+@pytest.mark.parametrize("args", [("--shared-experts", "replicate"), ("--expert-placement", "round-robin")])
+@pytest.mark.parametrize("command", ["convert", "shard", "inspect"])
+def test_a_choice_without_sizes_is_refused(
+    program: Program, src: Path, tmp_path: Path, command: str, args: tuple[str, ...]
+) -> None:
+    folders = [str(src)] if command == "inspect" else [str(src), str(tmp_path / "dst")]
+    ended = program(command, *folders, *args)
+    assert ended.exit_code == 2
+    assert f"{' '.join(args)}: expected --tp, --ep or --pp beside it" in ended.stderr
+
+
 def test_a_finished_result_is_left_alone(program: Program, src: Path, tmp_path: Path) -> None:
     command = ("shard", str(src), str(tmp_path / "dst"), "--tp", "2", "--json")
     assert document(program(*command))["result"]["outcome"]["already_finished"] is False
