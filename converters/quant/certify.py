@@ -19,6 +19,7 @@ from converters.quant.certificate import Certificate, TensorFigures
 from converters.quant.halfstep import Division, is_right_tensor_scale
 from converters.quant.judge import Pair, Rounding, judge_tensor, scale_limit, scale_roundoff
 from converters.quant.scheme import Arithmetic, ScaleSearch
+from converters.quant.single_scales import single_scale_findings
 from converters.quant.tiles import Tile, row_bytes, tiles
 from converters.schema import Tensor
 from converters.source import Source, open_source
@@ -56,7 +57,9 @@ def certify_folders(
     """
     with open_source(source) as before, open_source(candidate) as after:
         pairs = pair_up(before, after, read_manifest(candidate))
-        return certify(pairs, options, on_start(sum(map(pair_bytes, pairs))))
+        found = certify(pairs, options, on_start(sum(map(pair_bytes, pairs))))
+        scales = single_scale_findings(candidate) if after.is_quantized else ()
+        return replace(found, findings=(*found.findings, *scales))
 
 
 def pair_up(before: Source, after: Source, manifest: Mapping[str, Any] | None) -> list[Pair]:

@@ -1,6 +1,7 @@
 """NVFP4 from compressed-tensors to ModelOpt and back: codes keep their bytes, scales their meaning."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +109,21 @@ def test_config_is_what_quantize_writes(tmp_path: Path, plain: Path, preset: str
         (back, divisors, "config.json"),
     ):
         assert json.loads((ours / name).read_bytes()) == json.loads((theirs / name).read_bytes())
+
+
+def test_card_of_the_old_format_is_left_out(tmp_path: Path, divisors: Path) -> None:
+    assert "compressed-tensors" in (divisors / "README.md").read_text()
+    with open_source(divisors) as opened:
+        for plan in (
+            plan_reformat(opened, ReformatOptions(format=MODELOPT)),
+            plan_convert(opened, ConvertOptions(dequantize=True)),
+        ):
+            assert plan.notes == ("README.md of the source is left out: it describes the format that it has there.",)
+            run(plan, tmp_path / "dst", RunOptions(2), lambda _: None)
+            assert not (tmp_path / "dst" / "README.md").exists()
+            assert (tmp_path / "dst" / "LICENSE").exists()
+            shutil.rmtree(tmp_path / "dst")
+        assert "README.md" in plan_convert(opened, ConvertOptions(max_shard_bytes=1 << 20)).passthrough
 
 
 def test_scales_of_inputs_and_of_the_cache_go_along(tmp_path: Path) -> None:

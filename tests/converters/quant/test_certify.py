@@ -11,6 +11,7 @@ from quantized_from import MAKERS, SCHEMA, Maker, write_pair
 
 from converters.convert import ConvertOptions, plan_convert
 from converters.errors import ResourceError
+from converters.findings import Severity
 from converters.job import run
 from converters.layout import Layout
 from converters.numerics import fp8, nvfp4
@@ -35,6 +36,7 @@ def module(role: Role, part: str, layer: int = 1, expert: int | None = None) -> 
 
 UP = module(Role.EXPERT, "up_proj.weight", 1, 2)
 OTHER_UP = module(Role.EXPERT, "up_proj.weight", 1, 3)
+DOWN = module(Role.EXPERT, "down_proj.weight", 1, 2)
 QUERY = module(Role.ATTENTION, "q_proj.weight")
 CODES = {"weight", "weight_packed"}
 
@@ -113,16 +115,17 @@ DAMAGES: dict[str, Change] = {
 }
 
 
-# another arithmetic changes what a code may be, and nothing else
+# another arithmetic changes what a code may be, and nothing else; where the code lies does not matter to it
 @pytest.mark.parametrize(
     ("name", "damage"),
-    [(name, damage) for name in MAKERS for damage in DAMAGES if "," not in name or "code" in damage],
+    [(name, damage) for name in MAKERS for damage in DAMAGES if "," not in name or damage == "one code off by one"],
 )
 def test_damage_is_found_in_every_format(tmp_path: Path, name: str, damage: str) -> None:
     found = certify(*write_pair(tmp_path, MAKERS[name], DAMAGES[damage]))
     assert found.findings
     damaged = {UP, OTHER_UP} if "experts" in damage else {UP}
-    subjects = {finding.subject for finding in found.findings}
+    # scales that are one value each have findings of their own
+    subjects = {finding.subject for finding in found.findings if "_scale" not in finding.subject}
     assert subjects == {f"candidate: tensor {name}.weight" for name in damaged}
 
 
@@ -141,7 +144,9 @@ def test_an_inverted_global_scale_is_found(tmp_path: Path, name: str) -> None:
         stored[f"{UP}.{suffix}"] = stored[f"{UP}.{suffix}"].reciprocal()
 
     found = certify(*write_pair(tmp_path, MAKERS[name], invert))
-    assert {finding.subject for finding in found.findings} == {f"candidate: tensor {UP}.weight"}
+    *wrong, unequal = found.findings
+    assert {finding.subject for finding in wrong} == {f"candidate: tensor {UP}.weight"}
+    assert unequal.expected == "one value"
     (worst, *_) = found.worst
     assert worst.tensor == f"{UP}.weight"
     assert worst.relative_error > 0.9
@@ -260,13 +265,26 @@ def test_a_global_scale_that_all_codes_follow_is_found(tmp_path: Path) -> None:
     assert "for the whole tensor, whose group has a magnitude of" in found.findings[0].found
 
 
-def test_scales_of_single_weights_of_a_fused_group_are_right(tmp_path: Path) -> None:
-    """They are a finding of the structure, not of the weights: each maps its own magnitude to the range."""
+def test_scales_of_single_weights_of_a_fused_group_are_found(tmp_path: Path) -> None:
+    """Each maps its own magnitude to the range, and engines would take one of them for all."""
 
     def make(weight: torch.Tensor, largest: torch.Tensor) -> Stored:
         return MAKERS["ct-nvfp4"].make(weight, weight.float().abs().max().view(1, 1))
 
-    assert certify(*write_pair(tmp_path, Maker(MAKERS["ct-nvfp4"].config, make))).findings == ()
+    found = certify(*write_pair(tmp_path, Maker(MAKERS["ct-nvfp4"].config, make)))
+    assert {(finding.severity, finding.expected) for finding in found.findings} == {(Severity.FAIL, "one value")}
+    assert any(f"{QUERY}.weight_global_scale" in finding.subject for finding in found.findings)
+
+
+@pytest.mark.parametrize(("value", "severity"), [(1.0, "warn"), (0.0, "fail"), (float("nan"), "fail")])
+def test_an_input_scale_that_was_never_computed_is_found(tmp_path: Path, value: float, severity: str) -> None:
+    def change(stored: Stored) -> None:
+        for name in [name for name in stored if name.endswith("weight_global_scale")]:
+            stored[name.replace("weight_global", "input_global")] = torch.tensor([20.0])
+        stored[f"{DOWN}.input_global_scale"] = torch.tensor([value])
+
+    (finding,) = certify(*write_pair(tmp_path, MAKERS["ct-nvfp4"], change)).findings
+    assert (finding.severity, finding.subject) == (severity, f"candidate: tensor {DOWN}.input_global_scale")
 
 
 def manifest_of(copy: Path, **transform: str) -> None:
