@@ -25,9 +25,11 @@ GLM4MOE = (sys.executable, "-m", "glm4moe_cli")
 # our options, and the preset of the peer that writes the same format
 SCHEMES: dict[str, tuple[tuple[str, ...], str | None]] = {
     "fp8": (("--scheme", "fp8"), "FP8_DYNAMIC"),
-    "fp8-block": (("--scheme", "fp8-block"), None),
+    # the dense layers of GLM-4.5-Air are not whole blocks wide; the peer stops there
+    "fp8-block": (("--scheme", "attention=fp8-block,experts=fp8-block,shared-experts=fp8-block"), None),
     "int8": (("--scheme", "int8"), "INT8"),
-    "int8-weight-only": (("--scheme", "int8-weight-only"), "W8A16"),
+    # the peer's W8A16 has groups of 128 columns, and it stops at those layers too
+    "int8-weight-only": (("--scheme", "int8-weight-only"), None),
     "nvfp4-weight-only": (("--scheme", "nvfp4-weight-only", "--scale-search", "none"), "NVFP4A16"),
     "nvfp4-weight-only, mse": (("--scheme", "nvfp4-weight-only", "--scale-search", "mse"), None),
 }

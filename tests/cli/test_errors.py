@@ -9,6 +9,7 @@ import click
 import pytest
 
 from converters import errors
+from converters.shard.limits import Limit, MappingRefused
 from glm4moe_cli._errors import Stopped, describe
 from glm4moe_cli._output import Output
 from tests.cli.conftest import Probe
@@ -24,6 +25,14 @@ CPU_OUT = "[enforce fail at alloc_cpu.cpp:126] err == 0. DefaultCPUAllocator: ca
 CASES = [
     (errors.Glm4MoeError("x.safetensors", **FACTS), 1, "internal", FACTS_TEXT, "Fetch it again.", False),
     (errors.UsageError("x.safetensors", **FACTS), 2, "usage", FACTS_TEXT, "Fetch it again.", False),
+    (
+        MappingRefused((Limit("experts", 4, 1, "--ep", "4 do not divide by 3", (1, 2, 4), "choose --ep 2"),)),
+        2,
+        "usage",
+        "--ep: experts: expected a size that divides it: 1, 2, 4, found 4 do not divide by 3",
+        "Choose --ep 2.",
+        False,
+    ),
     (errors.VerificationFailed("KL", found="0.5"), 3, "verification-failed", "KL: found 0.5", "", False),
     (errors.InputError("x.safetensors", **FACTS), 4, "input", FACTS_TEXT, "Fetch it again.", False),
     (errors.ConfigError("x.safetensors", **FACTS), 4, "config", FACTS_TEXT, "Fetch it again.", False),
