@@ -36,6 +36,8 @@ def commands(src: Path, cut: Path) -> dict[str, Callable[[Path], Sequence[str]]]
 
     return {
         "cp -r": lambda dst: ("cp", "-r", str(src), str(dst)),
+        # what is written here is synced before it has its name; a plain cp may leave all of it in memory
+        "cp -r, synced": lambda dst: ("sh", "-c", 'cp -r "$0" "$1" && sync -f "$1"', str(src), str(dst)),
         "shard --tp 8": shard("--tp", "8"),
         "shard --tp 8 --ep 8": shard("--tp", "8", "--ep", "8"),
         "shard --merge, from tp 8": shard("--merge", of=cut),
