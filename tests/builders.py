@@ -1,6 +1,7 @@
 """Small checkpoints for tests, built from the table of tensors and saved by the safetensors library, not by us."""
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,8 @@ import torch
 from safetensors.torch import save_file
 
 from converters.config import Glm4MoeConfig
+from converters.formats.compressed_tensors import Group, quantization_config
+from converters.quant.policy import is_quantized
 from converters.schema import DtypePolicy, ModelSchema, expand
 
 SMALL_CONFIG: dict[str, Any] = {
@@ -118,3 +121,13 @@ def assert_same_tensors(left: dict[str, torch.Tensor], right: dict[str, torch.Te
         assert value.dtype == right[name].dtype, name
         assert value.shape == right[name].shape, name
         assert torch.equal(value.reshape(-1).view(torch.uint8), right[name].reshape(-1).view(torch.uint8)), name
+
+
+def fp8_channel_config(ignore: Iterable[str]) -> dict[str, Any]:
+    """Return quantization_config for FP8 per output channel; `ignore` names the modules that stay unquantized."""
+    return quantization_config([Group("fp8")], ignore)
+
+
+def ignored_modules(schema: ModelSchema) -> list[str]:
+    """Return the modules with a matrix that is never quantized, by exact name, in checkpoint order."""
+    return [tensor.module for tensor in schema.tensors.values() if len(tensor.shape) == 2 and not is_quantized(tensor)]

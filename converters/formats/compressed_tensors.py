@@ -47,16 +47,6 @@ class Group:
         return _FORMATS[self.scheme]
 
 
-def fp8_channel_config(ignore: Iterable[str]) -> dict[str, Any]:
-    """Return quantization_config for E4M3 weights per output channel and activations per token, quantized at run time.
-
-    Args:
-        ignore: names of the linear modules that stay unquantized.
-    Source: the official FP8 releases of GLM-4.5 to 4.7.
-    """
-    return quantization_config([Group("fp8")], ignore)
-
-
 def quantization_config(
     groups: Sequence[Group], ignore: Iterable[str], *, has_kv_scales: bool = False
 ) -> dict[str, Any]:

@@ -26,11 +26,6 @@ def is_quantized(tensor: Tensor) -> bool:
     return tensor.spec.dtype is DtypePolicy.QUANTIZABLE
 
 
-def ignored_modules(schema: ModelSchema) -> list[str]:
-    """Return the modules with a matrix that is never quantized, by exact name, in checkpoint order."""
-    return [tensor.module for tensor in schema.tensors.values() if len(tensor.shape) == 2 and not is_quantized(tensor)]
-
-
 @dataclass(frozen=True, slots=True)
 class Policy:
     """Which scheme each role gets, what becomes of the MTP layer, and patterns of modules that are left out."""

@@ -7,15 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from builders import random_tensors, small_config, write_checkpoint
+from builders import fp8_channel_config, ignored_modules, random_tensors, small_config, write_checkpoint
 from safetensors.torch import save_file
 
 from converters.compare import Outcome, StructureReport, compare_structure
 from converters.config import Glm4MoeConfig
 from converters.errors import ConfigError
 from converters.findings import Severity
-from converters.formats.compressed_tensors import fp8_channel_config
-from converters.quant.policy import ignored_modules, is_quantized
+from converters.quant.policy import is_quantized
 from converters.schema import ModelSchema, Role, Tensor, expand
 
 Tensors = dict[str, torch.Tensor]

@@ -7,7 +7,7 @@ from typing import Any
 
 from converters.checkpoint.header import build_header
 from converters.config import Glm4MoeConfig
-from converters.formats.compressed_tensors import fp8_channel_config
+from converters.formats.compressed_tensors import Group, quantization_config
 from converters.schema import DtypePolicy, ModelSchema, Role, Tensor, expand
 
 CONFIGS = Path(__file__).parents[3] / "fixtures" / "configs"
@@ -84,4 +84,4 @@ def quantized_config(config: dict[str, Any], schema: ModelSchema, also: Iterable
         for tensor in schema.tensors.values()
         if tensor.spec.dtype is not DtypePolicy.QUANTIZABLE and tensor.spec.role not in also
     ]
-    return {**config, "quantization_config": fp8_channel_config(plain_modules)}
+    return {**config, "quantization_config": quantization_config([Group("fp8")], plain_modules)}

@@ -6,10 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from builders import random_tensors, small_config, write_checkpoint
+from builders import fp8_channel_config, random_tensors, small_config, write_checkpoint
 
 from converters.config import Glm4MoeConfig
-from converters.formats.compressed_tensors import fp8_channel_config
 from converters.inspect import content
 from converters.inspect.content import DIGEST_HEADER, Values
 from converters.inspect.report import InspectReport, inspect_folder, scan_content

@@ -7,13 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from builders import random_tensors, small_config, write_checkpoint
+from builders import fp8_channel_config, random_tensors, small_config, write_checkpoint
 
 from converters.checkpoint.header import read_header
 from converters.config import Glm4MoeConfig
 from converters.errors import SecurityError
 from converters.findings import Severity
-from converters.formats.compressed_tensors import fp8_channel_config
 from converters.hub.listing import ListedFile, Listing, write_listing
 from converters.inspect import catalog
 from converters.inspect.catalog import Check

@@ -4,10 +4,10 @@ import json
 
 import pytest
 import torch
+from builders import fp8_channel_config
 
 from converters.config import Glm4MoeConfig
 from converters.errors import InputError
-from converters.formats.compressed_tensors import fp8_channel_config
 from converters.numerics.fp8 import Arithmetic, dequantize_channel, quantize_channel
 from converters.schema import DtypePolicy, expand
 from converters.source import open_source
