@@ -19,6 +19,7 @@ from converters.findings import Finding, fail, warn
 from converters.inspect.quantized import FORMAT_CHECKS
 from converters.inspect.report import inspect_folder
 from converters.schema import DtypePolicy, Tensor
+from converters.shard.source import is_sharded
 from converters.source import LAYOUT_KEY
 
 # what a conversion may change in config.json
@@ -92,7 +93,7 @@ def compare_structure(source: Path, candidate: Path) -> StructureReport:
         *_pair_findings(reference, converted, outcomes, schemes),
         *_mtp_findings(reference, converted),
         *_config_findings(reference, converted),
-        *(_format_findings(candidate) if converted.declared else ()),
+        *(_format_findings(candidate) if converted.declared and not is_sharded(candidate) else ()),
         *compare_files(source, candidate, is_dequantized=reference.is_modelopt and not converted.is_modelopt),
     ]
     return StructureReport(

@@ -4,7 +4,9 @@ import filecmp
 from collections.abc import Iterator
 from pathlib import Path
 
+from converters.config import read_json
 from converters.conversion import passthrough_files
+from converters.errors import ConfigError
 from converters.findings import Finding, fail, warn
 from converters.formats.declared import MODELOPT_FILE
 
@@ -18,6 +20,7 @@ ENGINE_FILES = frozenset(
         "generation_config.json",
     }
 )
+_GENERATION_FILE, _END_TOKENS = "generation_config.json", "eos_token_id"
 # describes its own checkpoint, and no engine reads it
 _README = "README.md"
 
@@ -38,4 +41,18 @@ def compare_files(source: Path, candidate: Path, *, is_dequantized: bool = False
             report = fail if name in ENGINE_FILES else warn
             yield report(f"candidate: {name}", "as in the source", "no such file")
         elif not filecmp.cmp(source / name, copy, shallow=False):
+            yield from _end_tokens(source / name, copy)
             yield warn(f"candidate: {name}", "the bytes of the source", "other bytes")
+
+
+def _end_tokens(source: Path, copy: Path) -> Iterator[Finding]:
+    """Yield that an engine would stop at other tokens: it goes by this file, not by config.json."""
+    if copy.name != _GENERATION_FILE:
+        return
+    try:
+        before, after = (read_json(path).get(_END_TOKENS) for path in (source, copy))
+    except ConfigError as error:
+        yield fail(f"candidate: {copy.name}", "a JSON object", str(error))
+        return
+    if before != after:
+        yield fail(f"candidate: {copy.name}: {_END_TOKENS}", repr(before), "nothing" if after is None else repr(after))

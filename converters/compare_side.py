@@ -15,6 +15,8 @@ from converters.formats import modelopt
 from converters.layout import Place, Stored, StoredLayout, is_cache_scale, most_common_layout, parse_known
 from converters.result_config import layout_block
 from converters.schema import ModelSchema, Role, Tensor, schema_for_parsed
+from converters.shard.source import is_sharded, open_sharded
+from converters.shard.whole import merged_entries
 from converters.source import LAYOUT_KEY, announced_layout, is_stored_as
 from converters.stored_form import Declaration, StoredForm, parse_quantization, plain_form
 
@@ -74,15 +76,14 @@ class Side:
         Raises:
             InputError, ConfigError: they cannot be read, or the model or its quantization is not supported.
         """
-        raw = read_json(folder / CONFIG_FILE)
+        raw, entries, index_notes = _read_headers(folder)
         config = Glm4MoeConfig.from_hf(raw)
-        index = scan_checkpoint(folder)
-        known = parse_known(index.entries, config)
+        known = parse_known(entries, config)
         layout = most_common_layout(known)
         schema = schema_for_parsed(config, [parsed for parsed, layouts in known.values() if layout in layouts])
         declared = parse_quantization(raw, folder)
-        side = cls(label, raw, config, index.notes, StoredLayout(schema, layout), {}, {}, {}, declared)
-        for name, (_, entry) in index.entries.items():
+        side = cls(label, raw, config, index_notes, StoredLayout(schema, layout), {}, {}, {}, declared)
+        for name, entry in entries.items():
             side._add(entry, is_known=name in known)
         return side
 
@@ -176,3 +177,15 @@ class Side:
                 found = self.raw_config[LAYOUT_KEY].get(key)
                 if found != value:
                     yield fail(f"{subject}.{key}", repr(value), "nothing" if found is None else repr(found)[:200])
+
+
+def _read_headers(folder: Path) -> tuple[dict[str, Any], dict[str, TensorEntry], tuple[str, ...]]:
+    """Return config, tensors by name and notes of a checkpoint; one that is cut for ranks as it would be uncut."""
+    if is_sharded(folder):
+        with open_sharded(folder) as sharded:
+            return sharded.raw_config, merged_entries(sharded), ()
+    raw = read_json(folder / CONFIG_FILE)
+    # a config that is not supported explains more than files that do not fit it
+    Glm4MoeConfig.from_hf(raw)
+    index = scan_checkpoint(folder)
+    return raw, {name: entry for name, (_, entry) in index.entries.items()}, index.notes

@@ -12,7 +12,7 @@ from typing import Any
 from converters.checkpoint.disk_read import read_file
 from converters.checkpoint.header import TensorEntry, read_header
 from converters.checkpoint.journal import LISTING_FILE
-from converters.checkpoint.manifest import MANIFEST_FILE, read_manifest
+from converters.checkpoint.manifest import DISTRIBUTION_KEY, MANIFEST_FILE, read_manifest
 from converters.errors import InputError
 from converters.findings import Finding, fail
 from converters.hub.listing import read_listing, select
@@ -75,9 +75,7 @@ def _of_candidate(finding: Finding) -> Finding:
 def _check_manifest(
     folder: Path, manifest: Mapping[str, Any], num_workers: int, on_start: Callable[[int], Progress]
 ) -> ContentsReport:
-    tensors: dict[str, dict[str, Any]] = {name: {} for name in manifest["shards"]}
-    for name, facts in manifest["tensors"].items():
-        tensors[facts["file"]][name] = facts
+    tensors = _recorded(folder, manifest)
     total = sum(facts["bytes"] for facts in manifest["shards"].values())
     on_bytes, stop, findings = on_start(total), Event(), list(_check_side_files(folder, manifest["files"]))
     pool = ThreadPoolExecutor(num_workers, "bytes")
@@ -88,6 +86,41 @@ def _check_manifest(
         stop.set()
         pool.shutdown(wait=True, cancel_futures=True)
     return ContentsReport(MANIFEST_FILE, len(tensors) + len(manifest["files"]), total, tuple(findings))
+
+
+def _recorded(folder: Path, manifest: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return what a manifest records of every tensor, by file."""
+    tensors: dict[str, dict[str, Any]] = {file: {} for file in manifest["shards"]}
+    if DISTRIBUTION_KEY not in manifest:
+        for name, facts in manifest["tensors"].items():
+            tensors[facts["file"]][name] = facts
+        return tensors
+    by_rank: dict[int, dict[str, Any]] = {}
+    for name, facts in manifest["tensors"].items():
+        for part in facts["slices"]:
+            # one digest for all ranks of a slice, so copies that differ are seen
+            for rank in part["ranks"]:
+                by_rank.setdefault(rank, {})[name] = {"dtype": facts["dtype"], "sha256": part["sha256"]}
+    for file, facts in manifest["shards"].items():
+        own = by_rank.get(facts.get("rank"), {})
+        tensors[file] = {name: own.pop(name) for name in _names_in(folder / file) if name in own}
+    for file, facts in manifest["shards"].items():
+        # what none of a rank's files has is missed in the last of them
+        tensors[file] |= by_rank.pop(facts.get("rank"), {}) if _is_last(file, manifest["shards"]) else {}
+    return tensors
+
+
+def _is_last(file: str, shards: Mapping[str, Any]) -> bool:
+    rank = shards[file].get("rank")
+    return file == [name for name, facts in shards.items() if facts.get("rank") == rank][-1]
+
+
+def _names_in(path: Path) -> list[str]:
+    """Return the tensors of a file; none of one that cannot be read, which is reported when it is."""
+    try:
+        return [entry.name for entry in read_header(path)]
+    except (InputError, OSError):
+        return []
 
 
 def _check_side_files(folder: Path, digests: Mapping[str, str]) -> list[Finding]:
@@ -129,10 +162,12 @@ def _check_shard(
 def _check_tensor(
     descriptor: int, name: str, entry: TensorEntry | None, facts: Mapping[str, Any], stop: Event
 ) -> Finding | None:
-    subject, expected = f"candidate: tensor {name}", f"{facts['dtype']} {facts['shape']}"
+    # the shape of a slice follows from the mapping, and is not recorded
+    shape = facts.get("shape", list(entry.shape) if entry else "")
+    subject, expected = f"candidate: tensor {name}", f"{facts['dtype']} {shape}".rstrip()
     if entry is None:
         return fail(subject, expected, "nothing")
-    if (entry.dtype, list(entry.shape)) != (facts["dtype"], facts["shape"]):
+    if (entry.dtype, list(entry.shape)) != (facts["dtype"], shape):
         return fail(subject, expected, f"{entry.dtype} {list(entry.shape)}")
     digest, buffer, position = hashlib.sha256(), memoryview(bytearray(min(_BLOCK_BYTES, max(1, entry.nbytes)))), 0
     while position < entry.nbytes and not stop.is_set():
