@@ -2,7 +2,9 @@
 
 import threading
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
+
+import numpy as np
 
 from converters.checkpoint.dtypes import itemsize, torch_dtype
 from converters.checkpoint.plan import Beside, SourceRows
@@ -15,10 +17,13 @@ if TYPE_CHECKING:
 
 DIGEST_BLOCK_BYTES = 1 << 20
 MAGNITUDE_BLOCK_BYTES = 1 << 20
+_CACHE_LINE = 64
+# elements of any dtype, as unsigned integers of their width
+Cells: TypeAlias = np.ndarray[Any, np.dtype[np.unsignedinteger[Any]]]
 
 
 class Digest(Protocol):
-    """What hashlib's objects do."""
+    """What hashlib's objects do, and `SourceDigest`."""
 
     def update(self, data: memoryview, /) -> None:
         """Take in more bytes."""
@@ -32,16 +37,16 @@ class Scratch(threading.local):
     """
 
     def __init__(self) -> None:
-        self.buffers: list[torch.Tensor] = []
+        self.buffers: list[Cells] = []
 
-    def take(self, nbytes: int, slot: int = 0) -> "torch.Tensor":
+    def take(self, nbytes: int, slot: int = 0) -> Cells:
         """Return nbytes of uint8; they are overwritten by the next call for this slot in this thread."""
-        import torch
-
         while len(self.buffers) <= slot:
-            self.buffers.append(torch.empty(0, dtype=torch.uint8))
+            self.buffers.append(np.empty(0, np.uint8))
         if len(self.buffers[slot]) < nbytes:
-            self.buffers[slot] = torch.empty(nbytes, dtype=torch.uint8)
+            self.buffers[slot] = np.empty(0, np.uint8)  # the old one goes before the new one comes
+            buffer = np.empty(nbytes + _CACHE_LINE, np.uint8)
+            self.buffers[slot] = buffer[-buffer.ctypes.data % _CACHE_LINE :][:nbytes]
         return self.buffers[slot][:nbytes]
 
 
@@ -49,6 +54,27 @@ def row_bytes(reader: CheckpointReader, source: SourceRows) -> int:
     """Return the bytes that are in memory for one row: its own, those beside it, those to the right."""
     own = reader.entry(source.name).row_bytes + sum(reader.entry(beside.name).row_bytes for beside in source.beside)
     return own if source.right is None else own + row_bytes(reader, source.right)
+
+
+def read_bytes(reader: CheckpointReader, name: str, start: int, stop: int, scratch: Scratch, slot: int = 0) -> Cells:
+    """Return the bytes of rows [start, stop); refuse NaN and Inf.
+
+    Raises:
+        InputError: a value is NaN or Inf, named by tensor and row.
+    """
+    entry = reader.entry(name)
+    data = scratch.take((stop - start) * entry.row_bytes, slot)
+    reader.read_into(name, start * entry.row_bytes, data.data)
+    bad = first_non_finite(data.data, entry.dtype)
+    if bad is not None:
+        columns = entry.row_bytes // itemsize(entry.dtype)
+        raise InputError(
+            f"tensor {name}",
+            expected="finite values",
+            found=f"NaN or Inf at row {start + bad // columns}, column {bad % columns}",
+            next_step="The file is damaged or the model is broken; fetch it again or check its source.",
+        )
+    return data
 
 
 def read_block(
@@ -59,20 +85,10 @@ def read_block(
     Raises:
         InputError: a value is NaN or Inf, named by tensor and row.
     """
-    entry = reader.entry(name)
-    data = scratch.take((stop - start) * entry.row_bytes, slot)
-    view = data.numpy().data
-    reader.read_into(name, start * entry.row_bytes, view)
-    bad = first_non_finite(view, entry.dtype)
-    if bad is not None:
-        columns = entry.row_bytes // itemsize(entry.dtype)
-        raise InputError(
-            f"tensor {name}",
-            expected="finite values",
-            found=f"NaN or Inf at row {start + bad // columns}, column {bad % columns}",
-            next_step="The file is damaged or the model is broken; fetch it again or check its source.",
-        )
-    return data.view(torch_dtype(entry.dtype)).view(stop - start, -1)
+    import torch
+
+    data = read_bytes(reader, name, start, stop, scratch, slot)
+    return torch.from_numpy(data).view(torch_dtype(reader.entry(name).dtype)).view(stop - start, -1)
 
 
 def read_beside(
@@ -145,8 +161,18 @@ def digest_rows(reader: CheckpointReader, name: str, start: int, stop: int, dige
         position += len(block)
 
 
-def as_bytes(block: "torch.Tensor") -> memoryview:
-    """Return the bytes of a contiguous tensor without copying them."""
+def as_bytes(block: "torch.Tensor | Cells", scratch: Scratch | None = None) -> memoryview:
+    """Return the bytes of a tensor or an array without copying them, if they lie one after the other.
+
+    Args:
+        scratch: whose first buffer takes the copy of an array where one has to be made; None: a fresh one.
+    """
+    if isinstance(block, np.ndarray):
+        if not block.flags.c_contiguous:
+            copied = (scratch or Scratch()).take(block.nbytes).view(block.dtype).reshape(block.shape)
+            np.copyto(copied, block)
+            block = copied
+        return block.view(np.uint8).reshape(-1).data
     import torch
 
     return block.contiguous().view(torch.uint8).view(-1).numpy().data

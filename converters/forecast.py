@@ -4,13 +4,14 @@ import hashlib
 import time
 from dataclasses import dataclass
 
-from converters.blocks import Scratch
+from converters.blocks import as_bytes
 from converters.checkpoint.plan import Unit
 from converters.conversion import Conversion
+from converters.copying import begin
+from converters.digests import SourceDigest, is_plain_copy
 from converters.formats.declared import MODELOPT_FILE, QUANTIZATION_KEY
 from converters.inspect.parallel import parallel_report
 from converters.layout import Layout, detect_layout
-from converters.making import Making
 from converters.pipeline import Run, RunOptions, single_threaded_ops
 from converters.schema import COMPANIONS
 
@@ -63,7 +64,7 @@ def forecast(
     has_groups = plan.distribution is not None or any(len(e.shape) == 2 and e.shape[1] > 1 for e in scales)
     engines, note = _engines(conversion)
     report = parallel_report(conversion.source.config, 1, is_quantized=False)
-    with single_threaded_ops():
+    with single_threaded_ops(unit for shard in plan.shards for unit in shard.units):
         rates = plan.bytes_by_transform if can_measure else {}
         seconds = sum(nbytes * _seconds_per_byte(conversion, options, name) for name, nbytes in rates.items())
     return Forecast(
@@ -94,10 +95,13 @@ def _seconds_per_byte(conversion: Conversion, options: RunOptions, transform: st
     """Run a transform on some rows of its largest unit, without writing, and return seconds per output byte."""
     units = [u for shard in conversion.plan.shards for u in shard.units if u.transform.name == transform]
     largest = max(units, key=_nbytes)
-    run = Run(conversion.source.reader, options, lambda _: None, scratch=Scratch())
+    run = Run(conversion.source.reader, options, lambda _: None)
     digest, made, start = hashlib.sha256(), 0, time.perf_counter()
-    for _, blocks in Making(largest, run, digest).blocks():
-        made += sum(block.numel() * block.element_size() for block in blocks)
+    for _, blocks in begin(largest, run, None if is_plain_copy(largest) else SourceDigest(largest)).blocks():
+        for block in blocks:
+            data = as_bytes(block, run.cuts)
+            digest.update(data)
+            made += len(data)
         if made >= SAMPLE_BYTES:
             break
     return (time.perf_counter() - start) / made if made else 0.0

@@ -78,17 +78,12 @@ class Making:
             self._largest = (largest,)
             if self.digest is not None:
                 self.digest.update(as_bytes(largest))
-        row = 0
-        for source in unit.sources:
-            assert row % unit.grain == 0, unit
-            step = run.options.block_rows(unit, row_bytes(run.reader, source))
-            for start in range(0, source.rows, step):
-                yield row + start, self._block(source, _Span(start, min(start + step, source.rows), row + start))
-            if self.digest is not None:
+        for source, span in spans(unit, run):
+            yield span.row, self._block(source, span)
+            if self.digest is not None and span.stop == source.rows:
                 digest_extra_reads(run.reader, source, self.digest, run.options.copy_block_bytes)
-            row += source.rows
 
-    def _block(self, source: SourceRows, span: "_Span") -> "tuple[torch.Tensor, ...]":
+    def _block(self, source: SourceRows, span: "Span") -> "tuple[torch.Tensor, ...]":
         """Return what becomes of some rows of a source, with what stands to the right appended."""
         import torch
 
@@ -100,10 +95,11 @@ class Making:
             width = sum(band.shape[1] for band in side)
             # a buffer that stays, as those of reads do: fresh ones of this size make the process grow
             buffer = self.run.scratch.take(len(side[0]) * width * side[0].element_size(), slot + len(joined))
-            joined.append(torch.cat(side, dim=1, out=buffer.view(side[0].dtype).view(-1, width)))
+            out = torch.from_numpy(buffer).view(side[0].dtype).view(-1, width)
+            joined.append(torch.cat(side, dim=1, out=out))
         return tuple(joined)
 
-    def _bands(self, source: SourceRows, span: "_Span", slot: int = 0) -> "list[tuple[torch.Tensor, ...]]":
+    def _bands(self, source: SourceRows, span: "Span", slot: int = 0) -> "list[tuple[torch.Tensor, ...]]":
         """Return what becomes of some rows of a source, and of those to its right, from left to right."""
         reader, scratch = self.run.reader, self.run.scratch
         rows_RC = read_block(reader, source.name, source.start + span.start, source.start + span.stop, scratch, slot)
@@ -122,7 +118,7 @@ class Making:
         return [blocks, *self._bands(source.right, span, slot + len(beside) + 1)]
 
     def _transform(
-        self, rows_RC: "torch.Tensor", beside: "list[torch.Tensor]", source: SourceRows, span: "_Span"
+        self, rows_RC: "torch.Tensor", beside: "list[torch.Tensor]", source: SourceRows, span: "Span"
     ) -> "tuple[torch.Tensor, ...]":
         try:
             blocks = self._accelerated(rows_RC, beside)
@@ -149,9 +145,20 @@ class Making:
 
 
 @dataclass(frozen=True, slots=True)
-class _Span:
+class Span:
     """Rows [start, stop) of a source; the first of them makes row `row` of the outputs."""
 
     start: int
     stop: int
     row: int
+
+
+def spans(unit: Unit, run: "Run") -> Iterator[tuple[SourceRows, Span]]:
+    """Yield the blocks in which a unit's sources are read, from top to bottom."""
+    row = 0
+    for source in unit.sources:
+        assert row % unit.grain == 0, unit
+        step = run.options.block_rows(unit, row_bytes(run.reader, source))
+        for start in range(0, source.rows, step):
+            yield source, Span(start, min(start + step, source.rows), row + start)
+        row += source.rows

@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,10 +22,11 @@ from converters.checkpoint.journal import ShardRecord, TensorRecord
 from converters.checkpoint.plan import Columns, OutputPlan, Shard, Unit
 from converters.checkpoint.reader import CheckpointReader
 from converters.checkpoint.writer import ShardWriter
+from converters.copying import begin, is_bytewise
+from converters.digests import SourceDigest, is_plain_copy, shared_digest
 from converters.errors import ResourceError
-from converters.making import Magnitudes, Making
+from converters.making import Magnitudes
 from converters.together import all_columns, batches, shared_reads
-from converters.transforms.rows import Copy
 from converters.waiting import wait_for_all
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
 DEFAULT_MAX_MEMORY = 512 << 20
 # large enough to keep the disk busy, small enough that a block and its working copies stay in the cache of a core
 BLOCK_BYTES = 1 << 20
-COPY_BLOCK_BYTES = 8 << 20
+COPY_BLOCK_BYTES = 2 << 20
 Progress = Callable[[int], None]
 
 
@@ -107,6 +108,7 @@ class Run:
     on_bytes: Progress
     stop: threading.Event = field(default_factory=threading.Event)
     scratch: Scratch = field(default_factory=Scratch)
+    cuts: Scratch = field(default_factory=Scratch)
     previous: "Previous | None" = None
     on_unit: Callable[[str], None] | None = None
     feed: "Feed | None" = None
@@ -154,7 +156,8 @@ def write_shards(shards: Sequence[Shard], dst: Path, run: Run, on_shard: Callabl
     """
     started: list[ShardRun] = []
     in_flight: deque[set[Future[None]]] = deque()
-    with single_threaded_ops(), ThreadPoolExecutor(run.options.num_workers, "glm4moe") as pool:
+    units = (unit for shard in shards for unit in shard.units)
+    with single_threaded_ops(units), ThreadPoolExecutor(run.options.num_workers, "glm4moe") as pool:
         try:
             for batch in batches(shards):
                 if run.feed is not None:
@@ -200,17 +203,18 @@ def _write_reads(group: list[tuple[Unit, ShardRun]], run: Run) -> None:
     for unit, shard_run in group:
         by_columns.setdefault(unit.sources[0].columns, []).append((unit, shard_run))
     digests = {columns: hashlib.sha256() for columns in by_columns}
-    source_digest = hashlib.sha256()
-    for row, (block,) in Making(all_columns(first), run, source_digest).blocks():
+    changed = next((unit for unit, _ in group if not is_plain_copy(unit)), None)
+    source_digest = SourceDigest(changed) if changed else None
+    for row, (block,) in begin(all_columns(first), run, source_digest).blocks():
         for columns, units in by_columns.items():
-            data = as_bytes(block if columns is None else block[:, columns.start : columns.stop])
+            data = as_bytes(block if columns is None else block[:, columns.start : columns.stop], run.cuts)
             digests[columns].update(data)
             for unit, shard_run in units:
                 (output,) = unit.outputs
                 shard_run.writer.write(output.name, output.offset(row, unit.num_rows), data)
                 run.step(len(data))
     for columns, units in by_columns.items():
-        record = TensorRecord(digests[columns].hexdigest(), source_digest.hexdigest())
+        record = _record(units[0][0], digests[columns].hexdigest(), source_digest)
         for unit, shard_run in units:
             shard_run.unit_done({unit.outputs[0].name: record})
 
@@ -224,27 +228,39 @@ def _write_unit(unit: Unit, shard_run: ShardRun, run: Run) -> None:
 
 def _make_unit(unit: Unit, shard_run: ShardRun, run: Run) -> dict[str, TensorRecord]:
     digests = {output.name: hashlib.sha256() for output in unit.outputs}
-    source_digest = hashlib.sha256()
-    is_copy = isinstance(unit.transform, Copy) and all(source.is_whole for source in unit.sources)
-    making = Making(unit, run, None if is_copy else source_digest)
+    source_digest = None if is_plain_copy(unit) else SourceDigest(unit)
+    making = begin(unit, run, source_digest)
     for row, blocks in making.blocks():
         for output, block in zip(unit.outputs, blocks, strict=True):
             if row and not output.grain:
                 continue
-            data = as_bytes(block)
+            data = as_bytes(block, run.cuts)
             digests[output.name].update(data)
             shard_run.writer.write(output.name, output.offset(row, unit.num_rows), data)
             run.step(len(data))
-    hexes = {name: digest.hexdigest() for name, digest in digests.items()}
+    records = {name: _record(unit, digest.hexdigest(), source_digest) for name, digest in digests.items()}
     codes = unit.outputs[0].name
-    source_hex = hexes[codes] if is_copy else source_digest.hexdigest()
-    quality = making.quality
-    return {name: TensorRecord(value, source_hex, quality if name == codes else None) for name, value in hexes.items()}
+    return records | {codes: replace(records[codes], quality=making.quality)}
+
+
+def _record(unit: Unit, sha256: str, source_digest: SourceDigest | None) -> TensorRecord:
+    """Return what is recorded of an output; what is its source byte for byte shares its digest."""
+    if is_plain_copy(unit):
+        return TensorRecord(sha256, shared_digest(sha256))
+    assert source_digest is not None, unit
+    return TensorRecord(sha256, source_digest.text)
 
 
 @contextmanager
-def single_threaded_ops() -> Iterator[None]:
-    """Let each worker compute on its own core: torch's inner threads would only fight over them."""
+def single_threaded_ops(units: Iterable[Unit] | None = None) -> Iterator[None]:
+    """Let each worker compute on its own core: torch's inner threads would only fight over them.
+
+    Args:
+        units: what is to be made; of units that only copy, torch is not imported. None: anything.
+    """
+    if units is not None and all(map(is_bytewise, units)):
+        yield
+        return
     import torch
 
     threads = torch.get_num_threads()

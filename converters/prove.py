@@ -13,6 +13,7 @@ from converters.checkpoint.journal import ShardRecord
 from converters.checkpoint.plan import Shard, Unit
 from converters.checkpoint.reader import CheckpointReader
 from converters.conversion import Conversion
+from converters.digests import SourceDigest
 from converters.pipeline import RunOptions
 from converters.waiting import wait_for_all
 
@@ -84,7 +85,7 @@ def changed_source_tensor(
             record = journal[shard.file].tensors.get(unit.outputs[0].name)
             if record is None:
                 continue
-            if source_digest_of(conversion.source.reader, unit, block_bytes) != record.source_sha256:
+            if source_digest_of(conversion.source.reader, unit, block_bytes) != record.source_digest:
                 return unit.sources[0].name
     return None
 
@@ -92,17 +93,20 @@ def changed_source_tensor(
 def source_digest_of(reader: CheckpointReader, unit: Unit, block_bytes: int) -> str:
     """Hash what decides a unit's outputs, in the order in which it is read: its group's largest magnitude, its rows.
 
+    Returns the digest as records have it, with its algorithm.
+
+
     Args:
         block_bytes: the most to read at once; it makes no difference to the digest.
     """
-    digest = hashlib.sha256()
+    digest = SourceDigest(unit)
     if unit.group:
         digest.update(as_bytes(largest_magnitude(reader, unit.group, Scratch(), block_bytes)))
     buffer = memoryview(bytearray(block_bytes))
     for rows in unit.sources:
         for name, start, stop in rows.reads():
             digest_rows(reader, name, start, stop, digest, buffer)
-    return digest.hexdigest()
+    return digest.text
 
 
 def _digest(descriptor: int, begin: int, end: int, proof: Proof) -> str:

@@ -195,7 +195,7 @@ class Previous:
         return records
 
     def _check_source(self, unit: Unit, records: dict[str, TensorRecord]) -> None:
-        expected = {record.source_sha256 for record in records.values()}
+        expected = {record.source_digest for record in records.values()}
         if {source_digest_of(self.source, unit, self.block_bytes)} != expected:
             raise InputError(
                 f"source tensor {unit.sources[0].name}",

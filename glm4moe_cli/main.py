@@ -1,5 +1,6 @@
 """The `glm4moe` program: its commands, the signals that stop it, and how every exception becomes an exit code."""
 
+import gc
 import importlib
 import os
 import signal
@@ -17,6 +18,7 @@ from glm4moe_cli._output import Output
 
 PROGRAM = "glm4moe"
 COMPLETE_VARIABLE = "_GLM4MOE_COMPLETE"
+GC_THRESHOLDS = (50_000, 20, 20)
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 # name -> (where the command is, what --help says about it); --help reads this table and imports none of them
@@ -135,8 +137,12 @@ def main() -> None:
     """Run the program on the command line of this process."""
     if instruction := os.environ.get(COMPLETE_VARIABLE):
         sys.exit(shell_complete(cli, {}, PROGRAM, COMPLETE_VARIABLE, instruction))
+    # plans are hundreds of thousands of objects that all stay: up to a third of planning went into looking for garbage
+    gc.set_threshold(*GC_THRESHOLDS)
     exit_code = run(sys.argv[1:], is_program=True)
     if exit_code == EXIT_READER_GONE:
         # keep the interpreter from complaining about what it can no longer flush
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    # nor is there any at the end, among all that torch has made
+    gc.freeze()
     sys.exit(exit_code)

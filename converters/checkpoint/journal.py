@@ -6,7 +6,8 @@ Everything lives in `DST/.glm4moe/` until the manifest, the commit marker, stand
     job.json        what the job is: its identity, compared field by field on resume
     journal*.jsonl  one line a finished shard, appended and synced after the shard has its final name: digest and record
 
-A line that was cut off by a crash, or damaged, is dropped, and its shard is written again.
+A line that was cut off by a crash, or damaged, or that another version wrote in another form, is dropped, and its shard
+is written again.
 """
 
 import errno
@@ -16,7 +17,7 @@ import json
 import os
 import socket
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -42,23 +43,23 @@ class TensorRecord:
 
     Attributes:
         sha256: of its bytes.
-        source_sha256: of the source bytes that it was made from.
+        source_digest: of the source bytes that it was made from, with its algorithm; see `converters.digests`.
         quality: errors of the codes of a quantized weight.
     """
 
     sha256: str
-    source_sha256: str
+    source_digest: str
     quality: TensorQuality | None = None
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> "TensorRecord":
-        """Build from what `as_json` returned, or from a manifest's tensor."""
+        """Build from what `as_json` returned, or from a manifest's tensor; KeyError if it is of another form."""
         quality = value.get("quality")
-        return cls(value["sha256"], value["source_sha256"], TensorQuality(**quality) if quality else None)
+        return cls(value["sha256"], value["source_digest"], TensorQuality(**quality) if quality else None)
 
     def as_json(self) -> dict[str, Any]:
         """Return it as JSON has it; no errors where nothing was quantized."""
-        facts: dict[str, Any] = {"sha256": self.sha256, "source_sha256": self.source_sha256}
+        facts: dict[str, Any] = {"sha256": self.sha256, "source_digest": self.source_digest}
         return facts if self.quality is None else {**facts, "quality": asdict(self.quality)}
 
 
@@ -72,7 +73,7 @@ class ShardRecord:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> "ShardRecord":
-        """Build from a parsed journal line."""
+        """Build from a parsed journal line; KeyError if it is of another form."""
         tensors = {name: TensorRecord.from_json(record) for name, record in value["tensors"].items()}
         return cls(value["file"], value["file_bytes"], tensors)
 
@@ -310,7 +311,7 @@ def _spell(value: Any) -> str:
 
 
 def read_journal(state: Path) -> dict[str, ShardRecord]:
-    """Return the shards recorded as done, by file; a line that does not fit its own digest is ignored."""
+    """Return the shards recorded as done, by file; a line of another form, or with another digest, is ignored."""
     done: dict[str, ShardRecord] = {}
     for path in sorted(state.glob(JOURNAL_FILE.format("*"))):
         try:
@@ -320,8 +321,9 @@ def read_journal(state: Path) -> dict[str, ShardRecord]:
         for line in data.split(b"\n"):
             digest, _, text = line.partition(b" ")
             if text and digest == _line_digest(text):
-                record = ShardRecord.from_json(json.loads(text))
-                done[record.file] = record
+                with suppress(KeyError):
+                    record = ShardRecord.from_json(json.loads(text))
+                    done[record.file] = record
     return done
 
 

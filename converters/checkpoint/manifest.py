@@ -16,15 +16,16 @@ from converters.checkpoint.plan import OutputPlan, Shard, SourceRows, Unit
 from converters.checkpoint.reader import CheckpointReader
 from converters.checkpoint.writer import write_file
 from converters.config import read_json
+from converters.digests import shared_digest
 from converters.errors import InputError, SecurityError
 from converters.transforms.rows import RowTransform
 
 MANIFEST_FILE = "glm4moe-manifest.json"
-SCHEMA = "glm4moe.manifest/1"
+SCHEMA = "glm4moe.manifest/2"
 DISTRIBUTION_KEY = "distribution"
 MAX_MANIFEST_BYTES = 256 << 20
 # facts about how a transform runs, not about what it does
-_TENSOR_KEYS = frozenset({"file", "dtype", "shape", "sha256", "source_sha256", "transform", "sources"})
+_TENSOR_KEYS = frozenset({"file", "dtype", "shape", "sha256", "source_digest", "transform", "sources"})
 _NOT_PARAMETERS = frozenset({"name", "working_bytes"})
 
 
@@ -142,10 +143,11 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
         return None
     manifest = read_json(path, MAX_MANIFEST_BYTES)
     if not _is_manifest(manifest):
+        form = manifest.get("schema")
         raise InputError(
             str(path),
             expected=f"a manifest of the form {SCHEMA}",
-            found="something else",
+            found=form if isinstance(form, str) and form != SCHEMA else "something else",
             next_step="Remove it, or the folder, and convert anew.",
         )
     for name in (*manifest["shards"], *manifest["files"]):
@@ -189,7 +191,7 @@ def tensor_records(manifest: dict[str, Any]) -> dict[str, dict[str, TensorRecord
             records.setdefault(tensor["file"], {})[name] = TensorRecord.from_json(tensor)
             continue
         for part in tensor["slices"]:
-            record = TensorRecord(part["sha256"], part.get("source_sha256", part["sha256"]))
+            record = TensorRecord(part["sha256"], part.get("source_digest", shared_digest(part["sha256"])))
             for rank in part["ranks"]:
                 records.setdefault(f"rank {rank}", {})[name] = record
     return records

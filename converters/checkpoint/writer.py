@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from converters.checkpoint.plan import OutputPlan, Shard
+from converters.checkpoint.write_behind import WriteBehind
 from converters.errors import LockedError, ResourceError
 
 _NO_LINKS = frozenset({errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.EMLINK, errno.EXDEV})
@@ -144,6 +145,7 @@ class ShardWriter:
         self.shard = shard
         self._places = {entry.name: entry for entry in shard.entries}
         self._descriptor = -1
+        self._behind = WriteBehind(-1)
 
     def open(self) -> None:
         """Create the partial file and write its header.
@@ -154,6 +156,7 @@ class ShardWriter:
         with disk_errors(self.path):
             flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
             self._descriptor = os.open(self._partial, flags, 0o666)
+            self._behind = WriteBehind(self._descriptor)
             os.posix_fallocate(self._descriptor, 0, self.shard.file_bytes)
             self._write_at(0, memoryview(self.shard.header))
 
@@ -181,6 +184,7 @@ class ShardWriter:
         assert offset + len(data) <= place.nbytes, (name, offset, len(data), place.nbytes)
         with disk_errors(self.path):
             self._write_at(place.begin + offset, data)
+            self._behind.wrote(place.begin + offset, place.begin + offset + len(data))
 
     def _write_at(self, position: int, data: memoryview) -> None:
         while len(data):

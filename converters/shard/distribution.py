@@ -1,7 +1,8 @@
 """What the manifest records of tensors that are cut for ranks: the mapping, and of each tensor its slices.
 
 `slices` of a tensor: the ranks that have it, rows [start, stop) of the uncut tensor seen as a matrix (all dims but the
-last are rows; none said: all), columns alike, and sha256 of the bytes. `source_sha256` stands where it differs.
+last are rows; none said: all), columns alike, and sha256 of the bytes. `source_digest` stands
+where the slice is not what was read for it.
 """
 
 from collections.abc import Mapping, Sequence
@@ -10,6 +11,7 @@ from typing import Any
 
 from converters.checkpoint.journal import ShardRecord, TensorRecord
 from converters.checkpoint.plan import Shard
+from converters.digests import shared_digest
 from converters.formats.weights import WHOLE, Part, Use, cells
 from converters.layout import Layout, Piece, Stored
 from converters.shard.cut import Cutter, Slice
@@ -107,8 +109,8 @@ class ShardDistribution:
 
 
 def _digests(record: TensorRecord) -> dict[str, str]:
-    same = record.sha256 == record.source_sha256
-    return {"sha256": record.sha256} if same else {"sha256": record.sha256, "source_sha256": record.source_sha256}
+    same = record.source_digest == shared_digest(record.sha256)
+    return {"sha256": record.sha256} if same else {"sha256": record.sha256, "source_digest": record.source_digest}
 
 
 def _by_digest(name: str, records: Mapping[int, Mapping[str, TensorRecord]]) -> list[dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 import pytest
 
+from converters.checkpoint.coverage import check_complete, covered_rows
 from converters.checkpoint.header import TensorEntry, num_rows
 from converters.checkpoint.plan import (
     Beside,
@@ -11,7 +12,6 @@ from converters.checkpoint.plan import (
     Shard,
     SourceRows,
     Unit,
-    covered_rows,
 )
 from converters.errors import InputError
 from converters.transforms.rows import Copy
@@ -74,8 +74,8 @@ def plan(*sources: SourceRows, dropped: dict[str, str] | None = None) -> OutputP
 def test_source_tensor_or_row_without_a_place_is_refused() -> None:
     entries = [TensorEntry("x", "BF16", (10, 8), 0, 160), TensorEntry("y", "BF16", (2,), 160, 164)]
     with pytest.raises(InputError, match="tensor y: expected a place in the plan, found none"):
-        plan(SourceRows("x", 0, 10)).check_complete(entries)
+        check_complete(plan(SourceRows("x", 0, 10)), entries)
     with pytest.raises(InputError, match="tensor x: expected one place for each row"):
-        plan(SourceRows("x", 0, 9), dropped={"y": "why"}).check_complete(entries)
-    plan(SourceRows("x", 0, 10), dropped={"y": "why"}).check_complete(entries)
-    plan(SourceRows("x", 0, 10, beside=(Beside("y", 0, 0, 5),))).check_complete(entries)
+        check_complete(plan(SourceRows("x", 0, 9), dropped={"y": "why"}), entries)
+    check_complete(plan(SourceRows("x", 0, 10), dropped={"y": "why"}), entries)
+    check_complete(plan(SourceRows("x", 0, 10, beside=(Beside("y", 0, 0, 5),))), entries)
