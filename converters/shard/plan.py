@@ -7,6 +7,8 @@ from dataclasses import dataclass, field, replace
 from operator import itemgetter
 from typing import Any
 
+from converters.carried_card import carried_card
+from converters.checkpoint.coverage import check_complete
 from converters.checkpoint.dtypes import BY_CONFIG_NAME
 from converters.checkpoint.plan import DEFAULT_MAX_SHARD_BYTES, OutputPlan, OutputTensor, Shard, Unit, pack_shards
 from converters.conversion import Conversion, passthrough_files
@@ -82,9 +84,9 @@ def plan_shard(source: Source, options: ShardOptions, command: str = "shard") ->
     distribution = ShardDistribution(cutter, options.files, wholes, planner)
     plan = OutputPlan(tuple(shards), {**planner.dropped, **_dropped(source, schema)}, distribution)
     if not isinstance(source, ShardedSource):
-        plan.check_complete(map(source.reader.entry, source.reader.names))
+        check_complete(plan, map(source.reader.entry, source.reader.names))
     convert, target = options.convert, planner.target
-    config, generated = new_config(source, target, convert), generated_files(source, target, convert)
+    config, generated = new_config(source, target, convert), generated_files(source, target, convert, is_cut=True)
     if options.files is ShardLayout.TENSORRT_LLM:
         config = {**config, TENSORRT_KEY: tensorrt_mapping(mapping)}
     return Conversion(
@@ -109,8 +111,10 @@ def plan_merge(source: ShardedSource, max_shard_bytes: int = DEFAULT_MAX_SHARD_B
     planner = slice_units(source, source.tensor_layout, ConvertOptions())
     units = [unit for stored in planner.target.stored.values() for unit in planner.units(stored)]
     plan = OutputPlan(pack_shards(units, max_shard_bytes))
-    files = passthrough_files(source.folder)
-    return Conversion(source, plan, source.raw_config, files, "merge", {"max_shard_bytes": max_shard_bytes})
+    generated = carried_card(source, source.tensor_layout) if source.is_quantized else {}
+    files = tuple(name for name in passthrough_files(source.folder) if name not in generated)
+    options = {"max_shard_bytes": max_shard_bytes}
+    return Conversion(source, plan, source.raw_config, files, "merge", options, generated=generated)
 
 
 def slice_units(source: Source, layout: Layout, options: ConvertOptions) -> SliceUnits:

@@ -8,7 +8,6 @@ from typing import Any
 from converters.checkpoint.header import TensorEntry, read_header
 from converters.checkpoint.index import CheckpointIndex, checked_path
 from converters.checkpoint.manifest import DISTRIBUTION_KEY, MANIFEST_FILE, read_manifest
-from converters.checkpoint.reader import CheckpointReader
 from converters.config import CONFIG_FILE, Glm4MoeConfig, read_json
 from converters.errors import InputError, UsageError
 from converters.formats.declared import declared_schemes, read_quantization
@@ -18,6 +17,7 @@ from converters.shard.cut import Cutter, PlacedLayout
 from converters.shard.distribution import SCHEMA
 from converters.shard.mapping import ParallelMapping
 from converters.shard.naming import TENSORRT_KEY, ShardLayout, vllm_constants, whole_tensors
+from converters.shard.proved import ProvedReader, slice_digests
 from converters.shard.units import ScalePlace
 from converters.source import Source, StoredWeight, weight_format
 
@@ -56,7 +56,8 @@ def open_sharded(folder: Path) -> ShardedSource:
 
     Raises:
         UsageError: it is not one, or not finished.
-        InputError: a file or tensor is missing, additional, or not as the mapping has it.
+        InputError: a file or tensor is missing, additional, or not as the mapping has it. Whoever reads its tensors
+        meets those that are not what was written; see `ProvedReader`.
     """
     manifest = read_manifest(folder)
     if manifest is None or DISTRIBUTION_KEY not in manifest:
@@ -69,7 +70,7 @@ def open_sharded(folder: Path) -> ShardedSource:
     facts = _Facts.read(manifest[DISTRIBUTION_KEY], Glm4MoeConfig.from_hf(raw))
     if facts.files is ShardLayout.TENSORRT_LLM:
         raw = {key: value for key, value in raw.items() if key != TENSORRT_KEY}
-    return _build(folder, raw, facts, manifest["shards"])
+    return _build(folder, raw, facts, manifest)
 
 
 @dataclass(frozen=True)
@@ -98,10 +99,10 @@ class _Facts:
         return cls(schema, ParallelMapping.from_json(mapping), files, layout)
 
 
-def _build(folder: Path, raw: dict[str, Any], facts: _Facts, shards: dict[str, Any]) -> ShardedSource:
+def _build(folder: Path, raw: dict[str, Any], facts: _Facts, manifest: dict[str, Any]) -> ShardedSource:
     quantization = read_quantization(raw, folder)
     schemes = declared_schemes(quantization)
-    by_rank, index = _read_headers(folder, shards)
+    by_rank, index = _read_headers(folder, manifest["shards"])
     cutter = Cutter(facts.schema, facts.mapping, facts.layout)
     wholes = whole_tensors(facts.schema, StoredLayout(facts.schema, facts.layout), facts.files)
     stored: dict[str, Stored] = {}
@@ -125,7 +126,7 @@ def _build(folder: Path, raw: dict[str, Any], facts: _Facts, shards: dict[str, A
         raise InputError(f"{MANIFEST_FILE}: {DISTRIBUTION_KEY}", expected="every row of every tensor", found="a gap")
     scales = _scale_places(by_rank, cutter)
     owners = {name: facts.schema.locate(name).name for name in scales}
-    reader = CheckpointReader(index)
+    reader = ProvedReader(index, slice_digests(manifest["tensors"]))
     config = facts.schema.config
     return ShardedSource(
         folder, raw, config, layout, reader, quantization, weights, owners, facts.mapping, facts.files, scales

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from builders import assert_same_tensors, read_tensors, small_checkpoint
 from quantized import DIALECTS, quantized_checkpoint
 from safetensors.torch import save_file
@@ -176,9 +177,18 @@ def test_replicas_that_differ_in_their_scales_are_refused(work: Path) -> None:
     dst = shard(src, work / "dst", ParallelMapping(tp=2), ShardLayout.RANK)
     path = sorted(dst.glob("rank-00001*"))[0]
     own = {n.removeprefix("1/"): v for n, v in rank_tensors(dst).items() if n.startswith("1/")}
-    own["model.layers.1.mlp.experts.0.down_proj.weight_scale"] *= 2
+    name = "model.layers.1.mlp.experts.0.down_proj.weight_scale"
+    own[name] *= 2
     save_file(own, path)
-    rewrite(dst, lambda manifest: manifest["shards"][path.name].update(bytes=path.stat().st_size))
+    digest = hashlib.sha256(own[name].view(torch.uint8).numpy().tobytes()).hexdigest()
+
+    def give_rank_1_its_own(manifest: Any) -> None:
+        """The damage is no accident: the manifest agrees with it."""
+        part = manifest["tensors"][name]["slices"][0]
+        manifest["tensors"][name]["slices"] = [{**part, "ranks": [0]}, {**part, "ranks": [1], "sha256": digest}]
+        manifest["shards"][path.name].update(bytes=path.stat().st_size)
+
+    rewrite(dst, give_rank_1_its_own)
     with pytest.raises(UsageError, match=r"1/model.layers.1.mlp.experts.0.down_proj.weight_scale: expected the values"):
         merge(dst, work / "merged")
 
