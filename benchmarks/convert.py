@@ -3,7 +3,10 @@
     PYTHONPATH=. python benchmarks/convert.py SCRATCH [--experts 64] [--rounds 3] [--shard-bytes 2000000000 8000000000]
 
 Makes a synthetic GLM-4.5-Air checkpoint (6 GB with 64 experts) for each shard size under SCRATCH, runs everything
-interleaved, and writes benchmarks/results/convert.json: medians, spread, ratios to cp, peak memory by shard size.
+interleaved, and writes benchmarks/results/convert.json, by shard size and by whether the source is in the page cache
+before each run: medians, spread, ratios to cp, peak memory. A checkpoint larger than the machine's memory, as real
+ones are, with --experts 320 --states "source not in page cache" --only "cp -r" "cp -r, synced" convert "shard --tp 8"
+--result convert_large.json.
 """
 
 import argparse
@@ -13,9 +16,9 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from benchmarks.measure import environment, interleave, summarize, write_result
+from benchmarks.measure import STATES, environment, interleave_states, summarize, write_result
 
-RESULT = Path(__file__).resolve().parent / "results" / "convert.json"
+RESULTS = Path(__file__).resolve().parent / "results"
 # what a short script without a streaming writer does: one shard in memory at a time
 SAFETENSORS_COPY = """
 import sys, pathlib
@@ -32,10 +35,13 @@ def commands(src: Path) -> dict[str, Callable[[Path], Sequence[str]]]:
     glm4moe = (sys.executable, "-m", "glm4moe_cli")
     return {
         "cp -r": lambda dst: ("cp", "-r", str(src), str(dst)),
+        # what is written here is synced before it has its name; a plain cp may leave all of it in memory
+        "cp -r, synced": lambda dst: ("sh", "-c", 'cp -r "$0" "$1" && sync -f "$1"', str(src), str(dst)),
         "safetensors load and save": lambda dst: (sys.executable, "-c", SAFETENSORS_COPY, str(src), str(dst)),
         "convert": lambda dst: (*glm4moe, "convert", str(src), str(dst), "-q"),
         "convert --layout packed": lambda dst: (*glm4moe, "convert", str(src), str(dst), "-q", "--layout", "packed"),
         "convert --dtype float16": lambda dst: (*glm4moe, "convert", str(src), str(dst), "-q", "--dtype", "float16"),
+        "shard --tp 8": lambda dst: (*glm4moe, "shard", str(src), str(dst), "-q", "--tp", "8"),
         "quantize --scheme fp8": lambda dst: (*glm4moe, "quantize", str(src), str(dst), "-q", "--scheme", "fp8"),
         "glm4moe --help": lambda dst: (*glm4moe, "--help"),
     }
@@ -48,6 +54,9 @@ def main() -> None:
     parser.add_argument("--experts", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--shard-bytes", type=int, nargs="+", default=[1_000_000_000, 8_000_000_000])
+    parser.add_argument("--states", nargs="+", choices=STATES, default=list(STATES))
+    parser.add_argument("--only", nargs="+", help="names of the commands to run; the first is the baseline")
+    parser.add_argument("--result", default="convert.json", help="file under benchmarks/results")
     args = parser.parse_args()
     result: dict = {"environment": environment(), "rounds": args.rounds, "shard_sizes": {}}
     for shard_bytes in args.shard_bytes:
@@ -57,10 +66,14 @@ def main() -> None:
         make = (sys.executable, "benchmarks/synthetic.py", str(src), "--experts", str(args.experts))
         made = subprocess.run([*make, "--shard-bytes", str(shard_bytes)], capture_output=True, text=True, check=True)
         num_bytes = int(made.stdout)
-        samples = interleave(commands(src), args.scratch, args.rounds)
+        chosen = commands(src)
+        chosen = {name: chosen[name] for name in args.only or chosen}
+        found = interleave_states(chosen, [src], args.scratch, args.rounds, args.states)
         result["source_bytes"] = num_bytes
-        result["shard_sizes"][str(shard_bytes)] = summarize(samples, num_bytes, "cp -r")
-        write_result(RESULT, result)
+        result["shard_sizes"][str(shard_bytes)] = {
+            state: summarize(samples, num_bytes, next(iter(chosen))) for state, samples in found.items()
+        }
+        write_result(RESULTS / args.result, result)
     shutil.rmtree(args.scratch / "src")
 
 

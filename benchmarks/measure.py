@@ -1,4 +1,8 @@
-"""Run commands side by side and keep wall time, CPU time and peak memory: interleaved rounds, medians and spread."""
+"""Run commands side by side and keep wall time, CPU time and peak memory: interleaved rounds, medians and spread.
+
+Files that are read may be in the page cache, as after a download, or not, as of a checkpoint larger than the memory:
+`STATES` has what brings them there, by the name that results give the state.
+"""
 
 import json
 import os
@@ -7,8 +11,9 @@ import shutil
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -25,9 +30,35 @@ class Sample:
     peak_bytes: int
 
 
-def run_once(command: Sequence[str]) -> Sample:
-    """Run a command to its end in a child process; its output is dropped, a failure raises."""
+def read_files(folders: Sequence[Path]) -> None:
+    """Bring every file of some folders into the page cache."""
+    buffer = bytearray(8 << 20)
+    for path in (path for folder in folders for path in sorted(folder.iterdir())):
+        with path.open("rb", buffering=0) as file:
+            while file.readinto(buffer):
+                pass
+
+
+def drop_files(folders: Sequence[Path]) -> None:
+    """Take every file of some folders out of the page cache; only what is synced goes."""
+    for path in (path for folder in folders for path in folder.iterdir()):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        finally:
+            os.close(descriptor)
+
+
+STATES: dict[str, Callable[[Sequence[Path]], None]] = {
+    "source in page cache": read_files,
+    "source not in page cache": drop_files,
+}
+
+
+def run_once(command: Sequence[str], prepare: Callable[[], None] = lambda: None) -> Sample:
+    """Run a command to its end in a child process, after `prepare`; its output is dropped, a failure raises."""
     os.sync()
+    prepare()
     start = time.monotonic()
     with subprocess.Popen(command, stdout=subprocess.DEVNULL) as child:
         _, status, usage = os.wait4(child.pid, 0)
@@ -39,7 +70,10 @@ def run_once(command: Sequence[str]) -> Sample:
 
 
 def interleave(
-    commands: dict[str, Callable[[Path], Sequence[str]]], scratch: Path, rounds: int
+    commands: dict[str, Callable[[Path], Sequence[str]]],
+    scratch: Path,
+    rounds: int,
+    prepare: Callable[[], None] = lambda: None,
 ) -> dict[str, list[Sample]]:
     """Run every command once a round into an empty folder, so that the machine's noise falls on all alike."""
     samples: dict[str, list[Sample]] = {name: [] for name in commands}
@@ -47,10 +81,36 @@ def interleave(
         for name, command in commands.items():
             target = scratch / "out"
             shutil.rmtree(target, ignore_errors=True)
-            samples[name].append(run_once(command(target)))
+            samples[name].append(run_once(command(target), prepare))
             print(name, samples[name][-1], flush=True)
             shutil.rmtree(target, ignore_errors=True)
     return samples
+
+
+def interleave_states(
+    commands: dict[str, Callable[[Path], Sequence[str]]],
+    sources: Sequence[Path],
+    scratch: Path,
+    rounds: int,
+    states: Collection[str] = tuple(STATES),
+) -> dict[str, dict[str, list[Sample]]]:
+    """Run every command in each of some STATES once a round; return its samples by state and name.
+
+    Args:
+        commands: see `interleave`.
+        sources: the folders that commands read.
+        scratch: where they write.
+        rounds: how often.
+        states: keys of STATES.
+    """
+    found: dict[str, dict[str, list[Sample]]] = {state: {name: [] for name in commands} for state in states}
+    for _ in range(rounds):
+        for state in states:
+            prepare = STATES[state]
+            print(state, flush=True)
+            for name, samples in interleave(commands, scratch, 1, partial(prepare, sources)).items():
+                found[state][name] += samples
+    return found
 
 
 def summarize(samples: dict[str, list[Sample]], num_bytes: int, baseline: str) -> dict[str, Any]:

@@ -1,12 +1,11 @@
 """What each scheme and format costs in quality: the trained fixture, quantized and held against itself.
 
     PYTHONPATH=. python benchmarks/quality.py SCRATCH [--num-tokens N] [--only NAME...]
-    PYTHONPATH=. python benchmarks/quality.py --markdown
 
 Everything goes through the command line: `calibrate` on text of the training (the standard library of this
 interpreter, without the held-out modules), `quantize`, and `verify --json` on the held-out text twice: with activations
 as they are, so that weights alone count, and with activations rounded as serving engines do it. The KV cache is that of
-the model in both. Writes benchmarks/results/quality.json.
+the model in both. Writes benchmarks/results/quality.json, of which benchmarks/tables.py makes the table of README.md.
 """
 
 import argparse
@@ -131,19 +130,19 @@ def inputs_of(folder: Path) -> str | None:
 def engines(row: Row) -> list[str]:
     """Return the engines that load the result."""
     schemes = parse_schemes(dict(zip(row.options[::2], row.options[1::2], strict=True))["--scheme"], None)
-    return list(engines_of([Recipe(scheme, Format(row.format)) for scheme in dict.fromkeys(schemes.values())]))
+    recipes = [Recipe(scheme, Format(row.format)) for scheme in dict.fromkeys(schemes.values())]
+    return list(engines_of(recipes, schemes))
 
 
 def judged(folder: Path, activations: str, num_tokens: int | None) -> dict[str, Any]:
     """Return what verify finds; the levels that run no model are the same for all activations."""
     size = () if num_tokens is None else ("--num-tokens", str(num_tokens))
-    level = "all" if activations == FULL else "logits"
-    how = ("--against", TINY, "--text", HELD_OUT, "--level", level, "--activations", activations, *size)
+    how = ("--against", TINY, "--text", HELD_OUT, "--level", "logits", "--activations", activations, *size)
     report = run("verify", folder, *how, accept=(0, 3))["result"]
     summary = report["logits"]["summary"]
     kl, perplexity, top1 = summary["kl_nats"]["estimate"], summary["perplexity"], summary["top1"]
     found = {
-        "protocol": report["logits"]["protocol"],
+        "protocol": report["run"]["protocol"],
         "profile": report["scheme"],
         "verdict": report["verdict"],
         "reasons": report["reasons"],
@@ -152,7 +151,10 @@ def judged(folder: Path, activations: str, num_tokens: int | None) -> dict[str, 
         "top1": {"mean": top1["mean"], "se": top1["se_block"]},
     }
     if activations == FULL:
-        coded = [scheme for scheme in report["weights"]["schemes"] if scheme["scheme"] != "plain"]
+        files = run("verify", folder, "--against", TINY, "--level", "standard", accept=(0, 3))["result"]
+        if files["verdict"] != "pass":
+            found |= {"verdict": files["verdict"], "reasons": [*files["reasons"], *found["reasons"]]}
+        coded = [scheme for scheme in files["weights"]["schemes"] if scheme["scheme"] != "plain"]
         errors = sum(scheme["mean_relative_error"] * scheme["tensors"] for scheme in coded)
         found["relative_error"] = errors / sum(scheme["tensors"] for scheme in coded)
     return found
@@ -181,50 +183,13 @@ def measured(row: Row, scratch: Path, stats: dict[str, tuple[str, ...]], num_tok
     }
 
 
-def with_error(found: dict[str, float], digits: int) -> str:
-    """Return a mean with its standard error."""
-    return f"{found['mean']:.{digits}f} ± {found['se']:.{digits}f}"
-
-
-def markdown(result: dict[str, Any]) -> str:
-    """Return the table of a result."""
-    lines = [
-        "| scheme | format | MB | bits | weight error | KL, weights alone | KL as served | perplexity ratio as served "
-        "| verify | loaded by |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-    ]
-    for row in result["rows"]:
-        alone = row["weights_alone"]
-        served = row["as_served"]
-        cells = [
-            row["name"],
-            row["format"],
-            f"{row['bytes'] / 1e6:.2f}",
-            f"{row['bits_per_quantized_weight']:.2f}",
-            f"{alone['relative_error']:.4f}",
-            with_error(alone["kl_nats"], 4),
-            with_error(served["kl_nats"], 4) if served else "the same",
-            with_error((served or alone)["perplexity_ratio"], 4),
-            alone["verdict"] if not served else f"{alone['verdict']}, {served['verdict']}",
-            ", ".join(row["engines"]) or "none known",
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
 def main() -> None:
-    """Measure and write the result, or print it."""
+    """Measure and write the result."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("scratch", type=Path, nargs="?")
+    parser.add_argument("scratch", type=Path)
     parser.add_argument("--num-tokens", type=int)
     parser.add_argument("--only", nargs="+", metavar="NAME", help="rows with these names, the others as they were")
-    parser.add_argument("--markdown", action="store_true")
     args = parser.parse_args()
-    if args.markdown:
-        print(markdown(json.loads(RESULT.read_text())))
-        return
-    if args.scratch is None:
-        parser.error("SCRATCH, or --markdown")
     shutil.rmtree(args.scratch, ignore_errors=True)
     args.scratch.mkdir(parents=True)
     before = json.loads(RESULT.read_text())["rows"] if args.only else []

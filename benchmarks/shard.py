@@ -4,7 +4,8 @@
 
 Makes a synthetic GLM-4.5-Air checkpoint (6.5 GB with 64 experts) under SCRATCH, shards it once for what starts from
 shards, runs everything interleaved, and writes benchmarks/results/shard.json: medians, spread, ratios to cp, peak
-memory; whether the merged checkpoint has the content digest of the original; bytes of each rank for released models.
+memory, by whether what is read is in the page cache before each run; whether the merged checkpoint has the content
+digest of the original; bytes of each rank for released models.
 """
 
 import argparse
@@ -16,7 +17,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.measure import environment, interleave, summarize, write_result
+from benchmarks.measure import environment, interleave_states, summarize, write_result
 from converters.shard.mapping import ParallelMapping
 from converters.shard.planner import plan_ranks
 from converters.source import open_source
@@ -84,7 +85,7 @@ def main() -> None:
     subprocess.run([*GLM4MOE, "shard", str(cut), str(back), "--merge", "-q"], check=True)
     same = content_hash(src) == content_hash(back)
     shutil.rmtree(back)
-    samples = interleave(commands(src, cut), args.scratch, args.rounds)
+    found = interleave_states(commands(src, cut), [src, cut], args.scratch, args.rounds)
     for folder in (src, cut):
         shutil.rmtree(folder)
     result = {
@@ -92,7 +93,7 @@ def main() -> None:
         "rounds": args.rounds,
         "source_bytes": num_bytes,
         "merged_has_the_digest_of_the_original": same,
-        "runs": summarize(samples, num_bytes, "cp -r"),
+        "runs": {state: summarize(samples, num_bytes, "cp -r") for state, samples in found.items()},
         "released_models": rank_bytes(args.scratch),
     }
     write_result(RESULT, result)

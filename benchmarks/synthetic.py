@@ -1,6 +1,6 @@
-"""Make a synthetic checkpoint with the real layer shapes of GLM-4.5-Air, several GB large, with random bf16 weights.
+"""Make a synthetic checkpoint with the real layer shapes of a released model, several GB large, with random weights.
 
-    python benchmarks/synthetic.py DIR [--moe-layers 1] [--experts 64] [--shard-size 5GB]
+    python benchmarks/synthetic.py DIR [--model GLM-4.5-Air] [--moe-layers 1] [--experts 64] [--shard-bytes 5000000000]
 
 One dense layer, the given MoE layers and the MTP layer; the vocabulary is reduced. Random bf16 with the spread of real
 weights, generated once per shape and rolled for each tensor, so that making it costs little more than writing it.
@@ -19,10 +19,11 @@ from converters.schema import DtypePolicy, Tensor, expand
 CONFIGS = Path(__file__).resolve().parent.parent / "fixtures" / "configs"
 
 
-def synthetic_config(moe_layers: int, experts: int, vocab_size: int) -> dict:
-    """Return GLM-4.5-Air's config with fewer layers, experts and tokens; every other size is the real one."""
-    config = json.loads((CONFIGS / "GLM-4.5-Air.json").read_text())
-    return config | {"num_hidden_layers": 1 + moe_layers, "n_routed_experts": experts, "vocab_size": vocab_size}
+def synthetic_config(moe_layers: int, experts: int, vocab_size: int, model: str = "GLM-4.5-Air") -> dict:
+    """Return a released model's config with fewer layers, experts and tokens; every other size is the real one."""
+    config = json.loads((CONFIGS / f"{model}.json").read_text())
+    changed = {"num_hidden_layers": 1 + moe_layers, "n_routed_experts": experts, "vocab_size": vocab_size}
+    return config | changed | {"first_k_dense_replace": 1}
 
 
 def random_bytes(tensor: Tensor, pool: np.ndarray, generator: np.random.Generator) -> np.ndarray:
@@ -68,12 +69,13 @@ def main() -> None:
     """Write one checkpoint and print its bytes of tensor data."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
+    parser.add_argument("--model", default="GLM-4.5-Air")
     parser.add_argument("--moe-layers", type=int, default=1)
     parser.add_argument("--experts", type=int, default=64)
     parser.add_argument("--vocab-size", type=int, default=32_768)
     parser.add_argument("--shard-bytes", type=int, default=5_000_000_000)
     args = parser.parse_args()
-    config = synthetic_config(args.moe_layers, args.experts, args.vocab_size)
+    config = synthetic_config(args.moe_layers, args.experts, args.vocab_size, args.model)
     print(write_synthetic(args.folder, config, args.shard_bytes))
 
 

@@ -1,0 +1,156 @@
+"""Layer-by-layer verification beside one read of both checkpoints, on real layer shapes.
+
+    PYTHONPATH=. python benchmarks/verify.py SCRATCH [--model GLM-4.6] [--experts 64] [--tokens 16 4096] [--rounds 3]
+
+Makes a synthetic checkpoint of a released model's layer shapes and vocabulary with one dense layer, one MoE layer of
+fewer experts and the MTP layer, and its FP8 copy, under SCRATCH. For each number of tokens both are compared in a child
+process, every level; beside it both are read once, file by file. What the kernel has cached of either is dropped
+before each run. With few tokens reading is what counts, with many computing. Writes benchmarks/results/verify.json:
+seconds and their ratio to the read, round by round, peak memory beside the plan, and the plan of the whole model from
+headers.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from benchmarks.measure import environment, run_once, write_result
+
+RESULT = Path(__file__).resolve().parent / "results" / "verify.json"
+PLANNED_TOKENS = 4096
+READ = """
+import pathlib, sys
+buffer = bytearray(16 << 20)
+for folder in sys.argv[1:]:
+    for path in sorted(pathlib.Path(folder).glob("*.safetensors")):
+        with path.open("rb", buffering=0) as file:
+            while file.readinto(buffer):
+                pass
+"""
+
+
+def evict(*folders: Path) -> None:
+    """Drop what the kernel has cached of the files, so that they are read from the disk."""
+    for path in (path for folder in folders for path in folder.glob("*.safetensors")):
+        descriptor = os.open(path, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(descriptor)
+
+
+def compare(source: Path, candidate: Path, num_tokens: int, output: Path) -> None:
+    """Compare two checkpoints on random tokens and write what it took."""
+    import torch
+
+    from converters.config import Glm4MoeConfig
+    from runtime.streaming.options import StreamOptions
+    from runtime.verify.streamed import planned
+    from runtime.verify.tokens import EncodedText
+    from runtime.verify.windows import plan_windows
+
+    vocab_size = Glm4MoeConfig.from_folder(source).vocab_size
+    ids = torch.randint(vocab_size, (num_tokens,), generator=torch.Generator().manual_seed(0)).tolist()
+    text = EncodedText(tuple(ids), plan_windows(num_tokens, context_length=min(512, num_tokens)))
+    with planned(source, candidate, text, StreamOptions()) as job:
+        found = job.run()
+        assert found.spent is not None
+        output.write_text(
+            json.dumps({"spent": asdict(found.spent), "plan": asdict(job.memory), "peak": job.memory.peak_bytes})
+        )
+
+
+def plan_whole(model: str, scratch: Path) -> dict[str, Any]:
+    """Return the plan for a released model and its FP8 copy, from headers whose data is a hole."""
+    from converters.config import Glm4MoeConfig
+    from converters.schema import expand
+    from runtime.streaming.options import StreamOptions
+    from runtime.verify.streamed import planned
+    from runtime.verify.tokens import EncodedText
+    from runtime.verify.windows import plan_windows
+    from tests.converters.inspect.fakes import config_of, official, per_channel, quantized_config
+
+    config = config_of(model)
+    own = {"mtp_copies": model != "GLM-4.6"}
+    schema = expand(Glm4MoeConfig.from_hf(config), **own)
+    source = official(scratch / "plan-source", config, **own)
+    coded = per_channel(schema, "F32")
+    candidate = official(scratch / "plan-fp8", quantized_config(config, schema), stored=coded, **own)
+    text = EncodedText(tuple(range(PLANNED_TOKENS)), plan_windows(PLANNED_TOKENS, context_length=512))
+    with planned(source, candidate, text, StreamOptions()) as job:
+        found = {"tokens": PLANNED_TOKENS, "read_bytes": job.read_bytes, "peak_bytes": job.memory.peak_bytes}
+        plan = asdict(job.memory)
+    shutil.rmtree(source)
+    shutil.rmtree(candidate)
+    return {**found, "plan": plan}
+
+
+def measure(source: Path, candidate: Path, num_tokens: int, rounds: int, scratch: Path) -> dict[str, Any]:
+    """Return seconds of the read and of the comparison, round by round, and what the comparison took."""
+    child = (sys.executable, "benchmarks/verify.py", str(scratch), "--compare", str(num_tokens))
+    runs, spent = [], dict[str, Any]()
+    for _ in range(rounds):
+        evict(source, candidate)
+        read = run_once((sys.executable, "-c", READ, str(source), str(candidate)))
+        evict(source, candidate)
+        ours = run_once(child)
+        spent = json.loads((scratch / "spent.json").read_text())
+        runs.append({"read": asdict(read), "verify": asdict(ours), **spent["spent"]})
+        print(num_tokens, runs[-1], flush=True)
+    ratios = [run["seconds"] / run["read"]["wall_s"] for run in runs]
+    return {
+        "ratio_to_read": {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)},
+        "peak_mib": max(run["verify"]["peak_bytes"] for run in runs) / 2**20,
+        "planned_mib": spent["peak"] / 2**20,
+        "plan": spent["plan"],
+        "runs": runs,
+    }
+
+
+def main() -> None:
+    """Measure and write the result."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("scratch", type=Path)
+    parser.add_argument("--model", default="GLM-4.6")
+    parser.add_argument("--experts", type=int, default=64)
+    parser.add_argument("--vocab-size", type=int, default=151_552)
+    parser.add_argument("--tokens", type=int, nargs="+", default=[16, 4096])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--keep", action="store_true", help="use checkpoints that are there, and leave them")
+    parser.add_argument("--compare", type=int, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    source, candidate = args.scratch / "src", args.scratch / "fp8"
+    if args.compare:
+        compare(source, candidate, args.compare, args.scratch / "spent.json")
+        return
+    if not args.keep:
+        make = ("benchmarks/synthetic.py", str(source), "--model", args.model, "--experts", str(args.experts))
+        subprocess.run([sys.executable, *make, "--vocab-size", str(args.vocab_size)], check=True)
+        quantize = ("-m", "glm4moe_cli", "quantize", str(source), str(candidate), "--scheme", "fp8", "-q")
+        subprocess.run([sys.executable, *quantize], check=True)
+    sizes = [sum(path.stat().st_size for path in folder.glob("*.safetensors")) for folder in (source, candidate)]
+    result: dict[str, Any] = {
+        "environment": environment(),
+        "model": args.model,
+        "experts": args.experts,
+        "bytes": dict(zip(("source", "candidate"), sizes, strict=True)),
+        "whole_model": plan_whole(args.model, args.scratch),
+        "tokens": {},
+    }
+    for num_tokens in args.tokens:
+        rounds = args.rounds if num_tokens < PLANNED_TOKENS else 1
+        result["tokens"][num_tokens] = measure(source, candidate, num_tokens, rounds, args.scratch)
+        write_result(RESULT, result)
+    if not args.keep:
+        shutil.rmtree(source)
+        shutil.rmtree(candidate)
+
+
+if __name__ == "__main__":
+    main()
