@@ -1,13 +1,13 @@
 """The model's config.json as one frozen value; what the code does not implement is refused by name."""
 
 import json
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from converters.checkpoint.disk_read import check_link, read_file
+from converters.config_fields import Fields
 from converters.errors import ConfigError
 
 ARCHITECTURE = "Glm4MoeForCausalLM"
@@ -25,8 +25,6 @@ _ONLY_VALUE: dict[str, Any] = {
     "sliding_window": None,
     "moe_layer_freq": 1,
 }
-_LIMITS = {"num_hidden_layers": 1024, "n_routed_experts": 4096, "vocab_size": 1 << 24}
-_MAX_SIZE = 1 << 20
 _MAX_EXPERTS = 1 << 16
 
 
@@ -135,7 +133,7 @@ class Glm4MoeConfig:
             ConfigError: wrong model type, a missing or mistyped field, a value that is not implemented.
         """
         _check_identity(raw)
-        fields = _Fields(raw)
+        fields = Fields(raw)
         rope = _rope_fields(raw)
         return cls(
             vocab_size=fields.size("vocab_size"),
@@ -158,8 +156,8 @@ class Glm4MoeConfig:
             use_qk_norm=fields.flag("use_qk_norm"),
             routed_scaling_factor=fields.positive("routed_scaling_factor"),
             rms_norm_eps=fields.positive("rms_norm_eps"),
-            rope_theta=_Fields(rope).positive("rope_theta"),
-            partial_rotary_factor=_Fields(rope).positive("partial_rotary_factor"),
+            rope_theta=Fields(rope).positive("rope_theta"),
+            partial_rotary_factor=Fields(rope).positive("partial_rotary_factor"),
             num_nextn_predict_layers=_num_mtp_layers(raw),
             eos_token_id=_token_ids(raw.get("eos_token_id"), "eos_token_id"),
             pad_token_id=next(iter(_token_ids(raw.get("pad_token_id"), "pad_token_id")), None),
@@ -195,43 +193,6 @@ def read_json(path: Path, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ConfigError(str(path), expected="a JSON object", found=type(value).__name__)
     return value
-
-
-class _Fields:
-    """Typed access to a mapping; every miss names the field."""
-
-    def __init__(self, raw: Mapping[str, Any]) -> None:
-        self.raw = raw
-
-    def value(self, name: str, expected: str) -> Any:
-        if self.raw.get(name) is None:
-            raise ConfigError(
-                f"config.json: {name}",
-                expected=expected,
-                found="nothing",
-                next_step="It is never guessed; add it as the original model has it.",
-            )
-        return self.raw[name]
-
-    def size(self, name: str, low: int = 1, high: int = _MAX_SIZE) -> int:
-        high = _LIMITS.get(name, high)
-        expected = f"an integer from {low} to {high}"
-        value = self.value(name, expected)
-        if type(value) is not int or not low <= value <= high:
-            raise ConfigError(f"config.json: {name}", expected=expected, found=repr(value))
-        return value
-
-    def flag(self, name: str) -> bool:
-        value = self.value(name, "true or false")
-        if type(value) is not bool:
-            raise ConfigError(f"config.json: {name}", expected="true or false", found=repr(value))
-        return value
-
-    def positive(self, name: str) -> float:
-        value = self.value(name, "a positive number")
-        if type(value) not in (int, float) or not 0 < value <= sys.float_info.max:
-            raise ConfigError(f"config.json: {name}", expected="a positive number", found=repr(value))
-        return float(value)
 
 
 def _check_identity(raw: Mapping[str, Any]) -> None:

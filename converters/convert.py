@@ -6,6 +6,8 @@ from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
 from typing import Any
 
+from converters.carried_card import carried_card
+from converters.checkpoint.coverage import check_complete
 from converters.checkpoint.dtypes import BY_CONFIG_NAME
 from converters.checkpoint.index import MTP_FILE
 from converters.checkpoint.plan import (
@@ -16,7 +18,7 @@ from converters.checkpoint.plan import (
     pack_shards,
 )
 from converters.config import read_json
-from converters.conversion import Conversion, passthrough_files
+from converters.conversion import Conversion, FromRecords, passthrough_files
 from converters.errors import UsageError
 from converters.formats.declared import MODELOPT_FILE, QUANTIZATION_KEY
 from converters.layout import Layout, Stored, StoredLayout
@@ -67,7 +69,7 @@ def plan_convert(source: Source, options: ConvertOptions) -> Conversion:
     body = [stored for stored in target.stored.values() if keep_mtp or not is_mtp[stored.name]]
     shards = pack_shards(_units(planner, body), options.max_shard_bytes)
     plan = OutputPlan((*shards, *separate), planner.dropped)
-    plan.check_complete(map(source.reader.entry, source.reader.names))
+    check_complete(plan, map(source.reader.entry, source.reader.names))
     generated = generated_files(source, target, options)
     config = new_config(source, target, options)
     if options.dtype is not None and not _is_cast(source, plan, config, options):
@@ -126,13 +128,28 @@ def passthrough(source: Source, options: ConvertOptions) -> tuple[str, ...]:
     return tuple(name for name in names if not (options.dequantize and name in (MODELOPT_FILE, CARD_FILE)))
 
 
-def generated_files(source: Source, target: StoredLayout, options: ConvertOptions) -> dict[str, bytes]:
-    """Return ModelOpt's own file with its modules named as they are called now, if that changes it."""
+def generated_files(
+    source: Source, target: StoredLayout, options: ConvertOptions, *, is_cut: bool = False
+) -> dict[str, bytes | FromRecords]:
+    """Return what is copied with changes: ModelOpt's own file with its modules named as they are called now; the card.
+
+    Args:
+        source: what is converted.
+        target: the layout of the result.
+        options: what else changes.
+        is_cut: the result is cut for ranks.
+    """
+    found: dict[str, bytes | FromRecords] = {}
+    drops_mtp = options.mtp is MtpChoice.DROP
+    if source.is_quantized and not options.dequantize and (target.layout is not source.layout or is_cut or drops_mtp):
+        found |= carried_card(source, target.layout, is_cut=is_cut, drops_mtp=drops_mtp)
     if options.layout is None or MODELOPT_FILE not in passthrough(source, options):
-        return {}
+        return found
     before = read_json(source.folder / MODELOPT_FILE)
     after = rename_modelopt(before, source.stored_layout, target)
-    return {} if after == before else {MODELOPT_FILE: json.dumps(after, indent=4, ensure_ascii=False).encode() + b"\n"}
+    if after != before:
+        found[MODELOPT_FILE] = json.dumps(after, indent=4, ensure_ascii=False).encode() + b"\n"
+    return found
 
 
 def new_config(source: Source, target: StoredLayout, options: ConvertOptions) -> dict[str, Any]:

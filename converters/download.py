@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 from converters import __version__
 from converters.checkpoint.index import PICKLE_SUFFIXES, has_weights
 from converters.errors import InputError, NetworkError, UsageError
+from converters.hub.answer import read_answer
 from converters.hub.fetch import Answer, RetryPolicy, Transient
 from converters.hub.listing import ListedFile, Listing, check_listing
 from converters.remote import HubId
@@ -27,7 +28,6 @@ LIBRARY = "glm4moe"
 # of the first contact: a wrong address should not take a minute to be told
 LISTING_POLICY = RetryPolicy(tries=3)
 _RETRIED = frozenset({408, 425, 429, 500, 502, 503, 504})
-_CONTENT_RANGE_UNIT = "bytes "
 Result = TypeVar("Result")
 
 
@@ -113,7 +113,7 @@ class Hub:
                 raise Transient(f"no bytes from {offset} on", start_over=True)
             hf_raise_for_status(response)
             chain = [*response.history, response]
-            yield _answer(response.status_code, [part.headers for part in chain], response.iter_raw())
+            yield read_answer(response.status_code, [part.headers for part in chain], response.iter_raw())
 
     def read_range(self, listing: Listing, file: ListedFile, begin: int, end: int) -> bytes:
         """Return bytes [begin, end) of a file of the pinned commit; a whole file is held against its digest.
@@ -227,32 +227,6 @@ def _listed_file(repo: str, sibling: "RepoSibling") -> ListedFile:
     if type(size) is not int or type(digest) is not str:
         raise InputError(f"the listing of {repo}: {sibling.rfilename}", expected="a size and a digest", found="none")
     return ListedFile(sibling.rfilename, size, digest)
-
-
-def _answer(status: int, chain: list[Mapping[str, str]], chunks: Iterator[bytes]) -> Answer:
-    """Read the headers of an answer and of the redirects that led to it.
-
-    The hub's own redirect states commit and digest (X-Linked-Etag); the storage behind it has etags of its own.
-    """
-    headers = chain[-1]
-    commits = [part["X-Repo-Commit"] for part in chain if "X-Repo-Commit" in part]
-    etags = [part["X-Linked-Etag"] for part in chain if "X-Linked-Etag" in part]
-    begin, total = _content_range(headers.get("Content-Range", "")) if status == 206 else (0, _length(headers))
-    encoding = headers.get("Content-Encoding", "identity").lower()
-    etag = etags[0] if etags else headers.get("ETag")
-    return Answer(begin, total, encoding, etag, commits[0] if commits else None, chunks)
-
-
-def _content_range(value: str) -> tuple[int, int | None]:
-    """Return first byte and whole size of `bytes 0-9/100`; -1 for a range that cannot be read."""
-    span, _, total = value.removeprefix(_CONTENT_RANGE_UNIT).partition("/")
-    begin = span.partition("-")[0]
-    return int(begin) if begin.isdecimal() else -1, int(total) if total.isdecimal() else None
-
-
-def _length(headers: Mapping[str, str]) -> int | None:
-    value = headers.get("Content-Length", "")
-    return int(value) if value.isdecimal() else None
 
 
 def _retry_after(headers: Mapping[str, Any]) -> float:

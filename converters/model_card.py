@@ -13,6 +13,9 @@ from converters.quant.quality import SAMPLE_EVERY, TensorQuality, by_role, mean,
 from converters.source import Source
 
 CARD_FILE = "README.md"
+# what a card of ours is known by, and where it has commands of engines
+QUANTIZED_BY = "glm4moe"
+SERVING = "## Serving"
 # what a derived work takes over from the card of its base
 _INHERITED = ("license", "license_name", "license_link", "language", "pipeline_tag")
 WORST = 10
@@ -90,7 +93,7 @@ def build_card(facts: CardFacts, source_card: str) -> bytes:
         "pipeline_tag": "text-generation",
         **inherited,
         "tags": ["glm4_moe", facts.format, *facts.scheme.replace("=", " ").replace(",", " ").split(), "glm4moe"],
-        "quantized_by": "glm4moe",
+        "quantized_by": QUANTIZED_BY,
     }
     if facts.repository:
         metadata |= {"base_model": facts.repository, "base_model_relation": "quantized"}
@@ -148,7 +151,7 @@ def _one(quality: TensorQuality) -> tuple[str, str, str]:
 
 def _serving(facts: CardFacts) -> str:
     parts = [
-        f"## Serving\n\nTensor-parallel sizes that fit these weights: {facts.tensor_parallel}. In this file's folder:"
+        f"{SERVING}\n\nTensor-parallel sizes that fit these weights: {facts.tensor_parallel}. In this file's folder:"
     ]
     for serving in facts.serving:
         shown = f"```\n{serving.command}\n```" if serving.command else "Not supported."

@@ -61,6 +61,27 @@ class OfficialTensors:
         units = {unit.outputs[0].name: unit for unit in planner.units(self._split.stored[tensor.name])}
         return {name: unit for name, unit in units.items() if name in wanted}
 
+    def stored_parts(self, tensor: Tensor) -> tuple[Unit, ...] | None:
+        """Return how to read codes and then scales as they are, in the order of the scheme.
+
+        None where there are none, or where the weight is put together from several that have scales of their own.
+
+        Raises:
+            UsageError: it is stored in parts that do not go together.
+        """
+        stored, found = self._split.stored[tensor.name], self.format(tensor)
+        bands = find_bands(self.source, stored.elements[0])
+        if found.is_plain or any(len(band) != 1 for band in bands):
+            return None
+        units = {unit.outputs[0].name: unit for unit in self._keeping.units(stored)}
+        parts = (*found.used(Use.CODES), *found.used(Use.SCALE))
+        return tuple(units[stored.part(part.suffix)] for part in parts)
+
+    def decoded(self, tensor: Tensor) -> Unit:
+        """Return how to read a weight multiplied out, or as it is if it is not quantized."""
+        units = {unit.outputs[0].name: unit for unit in self._decoding.units(self._split.stored[tensor.name])}
+        return units[tensor.name]
+
     def _is_fp8_channel(self, tensor: Tensor) -> bool:
         found = self.format(tensor)
         scales = [(part.suffix, part.grain) for part in found.used(Use.SCALE)]

@@ -6,7 +6,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from converters.checkpoint.disk_read import read_file
+from converters.checkpoint.coverage import check_complete
 from converters.checkpoint.journal import check_unlocked
 from converters.checkpoint.manifest import read_manifest
 from converters.checkpoint.plan import OutputPlan, SourceRows, Unit, pack_shards
@@ -52,9 +52,9 @@ def plan_quantize(source: Source, options: QuantizeOptions) -> Conversion:
         planner.dropped |= dropped_layer(source, source.schema.mtp_layer, "--mtp drop")
     units = [unit for stored in job.stored for unit in job.units(stored, planner)]
     plan = OutputPlan(pack_shards(units, options.max_shard_bytes), planner.dropped)
-    plan.check_complete(map(source.reader.entry, source.reader.names))
+    check_complete(plan, map(source.reader.entry, source.reader.names))
     different = list(dict.fromkeys(job.recipes.values()))
-    engines, limits = engines_of(different), parallel_table(source.config, source.schema, job.recipes)
+    engines, limits = engines_of(different, choice.roles), parallel_table(source.config, source.schema, job.recipes)
     engines_say = engine_notes(different, choice.roles, choice.mtp, has_kv_scales=choice.has_kv_scales)
     notes = (*engines_say, *row_notes(job.schema, job.recipes))
     card = Card(
@@ -66,7 +66,6 @@ def plan_quantize(source: Source, options: QuantizeOptions) -> Conversion:
         plan,
         engines,
         limits["tensor parallel"],
-        _card_of(source),
         notes,
     )
     return Conversion(
@@ -110,13 +109,6 @@ def check_quantize(source: Source, options: QuantizeOptions, dst: Path, *, is_re
             found="the finished result of another job",
             next_step="Redo it with --update, or choose another folder.",
         )
-
-
-def _card_of(source: Source) -> str:
-    """Return README.md of the source; empty if it has none."""
-    if CARD_FILE not in passthrough_files(source.folder):
-        return ""
-    return read_file(source.folder / CARD_FILE).decode(errors="replace")
 
 
 def _check_source(source: Source) -> None:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from converters.checkpoint.coverage import check_complete
 from converters.checkpoint.plan import DEFAULT_MAX_SHARD_BYTES, OutputPlan, OutputTensor, SourceRows, Unit, pack_shards
 from converters.conversion import Conversion, passthrough_files
 from converters.errors import InputError, UsageError
@@ -61,7 +62,7 @@ def plan_reformat(source: Source, options: ReformatOptions) -> Conversion:
     units = [unit for weight in source.weights.values() for unit in job.units(weight)]
     units += [job.cache_unit(name, owner) for name, owner in source.cache_scales.items()]
     plan = OutputPlan(pack_shards(units, options.max_shard_bytes))
-    plan.check_complete(map(source.reader.entry, source.reader.names))
+    check_complete(plan, map(source.reader.entry, source.reader.names))
     described = (MODELOPT_FILE, CARD_FILE)
     passthrough = tuple(name for name in passthrough_files(source.folder) if name not in described)
     config = {**source.raw_config, QUANTIZATION_KEY: job.block}

@@ -50,6 +50,11 @@ class HubId:
             return None
         return cls(match[1], match[2] or DEFAULT_REVISION)
 
+    @property
+    def revision_option(self) -> str:
+        """What a command line has after the repository to download this revision; nothing for the default one."""
+        return "" if self.revision == DEFAULT_REVISION else f" --revision {self.revision}"
+
 
 def fetch_headers(client: RangeClient, hub_id: HubId, folder: Path) -> Listing:
     """Lay down a repository's JSON files and headers in an empty folder; no weights are fetched.

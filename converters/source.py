@@ -100,10 +100,11 @@ def open_source(folder: Path) -> Source:
     entries, cache_scales = _group_entries(layout, reader, is_quantized=bool(schemes))
     missing = [name for name in layout.stored if not entries.get(name) or (not schemes and "" not in entries[name])]
     if missing:
+        others = len(missing) - 1
         raise InputError(
             f"tensor {missing[0]}",
             expected="in the checkpoint, as its config says",
-            found=f"none; {len(missing)} such tensors",
+            found="none" + (f", nor {others} other{'s' if others > 1 else ''}" if others else ""),
             next_step="The checkpoint is incomplete, or its config.json is another model's.",
         )
     weights = {

@@ -11,6 +11,7 @@ from typing import Any
 import click
 
 from converters.checkpoint.plan import DEFAULT_MAX_SHARD_BYTES
+from converters.errors import UsageError
 from converters.job import JobOptions
 from converters.parts import Part
 from converters.pipeline import DEFAULT_MAX_MEMORY
@@ -76,6 +77,32 @@ class PathName(click.Path):
         return super().convert(value, param, ctx)
 
 
+class NewFolder(PathName):
+    """A folder to be written, which may not exist yet; not one of what the kernel shows as files: none can be made."""
+
+    # what is mounted for the kernel's own objects, /proc and /sys first of all
+    _NO_FOLDERS = frozenset({"proc", "sysfs", "cgroup", "cgroup2", "devpts", "securityfs", "debugfs", "tracefs", "bpf"})
+
+    def __init__(self) -> None:
+        super().__init__(file_okay=False)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Return the path."""
+        from converters.doctor.storage import file_system
+
+        path = super().convert(value, param, ctx)
+        above = next(place for place in (path.absolute(), *path.absolute().parents) if place.exists())
+        kind = file_system(above)
+        if kind in self._NO_FOLDERS:
+            raise UsageError(
+                f"DST {path}",
+                expected="a folder on a disk",
+                found=f"a file system of type {kind}, in which none can be made",
+                next_step="Choose another folder.",
+            )
+        return path
+
+
 class TextName(click.ParamType[str]):
     """A name that is not empty: of a repository, or of what may be a folder or one."""
 
@@ -111,8 +138,23 @@ class SourceName(click.ParamType[Path | HubId]):
 
 
 src_argument = click.argument("src", metavar="SRC", type=SourceName())
-dst_argument = click.argument("dst", metavar="DST", type=PathName(file_okay=False))
+dst_argument = click.argument("dst", metavar="DST", type=NewFolder())
 checkpoint_argument = click.argument("checkpoint", metavar="CKPT", type=_folder)
+
+
+def count_option(
+    name: str, help_text: str, *, low: int, default: int | None = None, shown: int | None = None
+) -> _Decorator:
+    """Return an option that takes a number from `low` on; `shown` is what holds where it has no default."""
+    return click.option(
+        name,
+        type=click.IntRange(min=low),
+        metavar="N",
+        default=default,
+        show_default=True if shown is None else str(shown),
+        help=help_text,
+    )
+
 
 dry_run_option = click.option("--dry-run", is_flag=True, help="Show the plan and write nothing.")
 workers_option = click.option(

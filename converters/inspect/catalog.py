@@ -10,6 +10,8 @@ from converters.findings import Severity
 
 _FAIL, _WARN = Severity.FAIL, Severity.WARN
 _FETCH = "Fetch the file again, or take it from the original checkpoint."
+_AGAIN = "Quantize the original again."
+_ONE_SCALE = "Quantize the original again with one scale per group."
 _WHICH = "Find out which of the two is wrong: the checkpoint may be another model's, or was edited by hand."
 
 
@@ -239,21 +241,21 @@ SCALE_VALUE = Check(
     _FAIL,
     "scale zero, negative or not finite",
     "It turns a block of weights into zeros, mirrors it, or makes every output NaN.",
-    "Quantize the original again.",
+    _AGAIN,
 )
 FUSED_SCALES = Check(
     507,
     _FAIL,
     "unequal scales in a fused group",
     "Engines multiply these weights as one and take one member's scale for all of them.",
-    "Quantize the original again with one scale per group.",
+    _ONE_SCALE,
 )
 FUSED_SCALES_REQUANTIZED = Check(
     508,
     _WARN,
     "unequal per-tensor scales in a fused group",
     "Engines round these weights a second time, to the largest scale of the group.",
-    "Quantize the original again with one scale per group.",
+    _ONE_SCALE,
 )
 GLOBAL_IS_ONE = Check(
     510,

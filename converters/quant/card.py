@@ -6,13 +6,15 @@ from math import prod
 from typing import Any
 
 import converters
+from converters.checkpoint.disk_read import read_file
 from converters.checkpoint.journal import TensorRecord
 from converters.checkpoint.manifest import source_digest
 from converters.checkpoint.plan import OutputPlan
+from converters.conversion import passthrough_files
 from converters.inspect.variant import MtpFacts, detect_variant
-from converters.model_card import CardFacts, Serving, Weights, build_card
+from converters.model_card import CARD_FILE, CardFacts, Serving, Weights, build_card
 from converters.quant.choice import Choice, QuantizeOptions
-from converters.quant.engines import is_one_kind_of_experts
+from converters.quant.engines import has_sglang_mtp, is_one_kind_of_experts, sglang_options
 from converters.quant.quality import TensorQuality
 from converters.quant.scheme import Recipe
 from converters.schema import ModelSchema
@@ -40,7 +42,6 @@ class Card:
         plan: what is written.
         engines: what loads it.
         tensor_parallel: sizes that fit, in words.
-        source_card: README.md of the source; empty if it has none.
         notes: what engines are known to do, a sentence each.
     """
 
@@ -52,13 +53,12 @@ class Card:
     plan: OutputPlan
     engines: Sequence[str]
     tensor_parallel: str
-    source_card: str
     notes: Sequence[str]
 
     def __call__(self, records: Mapping[str, TensorRecord]) -> bytes:
         """Return README.md."""
         quality = {name: record.quality for name, record in records.items() if record.quality is not None}
-        return build_card(self._facts(quality), self.source_card)
+        return build_card(self._facts(quality), _card_of(self.source))
 
     def _facts(self, quality: Mapping[str, TensorQuality]) -> CardFacts:
         config, schema = self.source.config, self.schema
@@ -111,12 +111,22 @@ class Card:
         ]
         if not is_one_kind_of_experts(self.choice.roles):
             lines.append("--disable-shared-experts-fusion")
-        if self.schema.has_mtp:
+        recipes = tuple(self.recipes.values())
+        if options := sglang_options(recipes):
+            lines.append(options)
+        if self.schema.has_mtp and has_sglang_mtp(recipes, self.choice.mtp):
             lines.append(
                 "--speculative-algorithm EAGLE --speculative-num-steps 1 --speculative-eagle-topk 1 "
                 "--speculative-num-draft-tokens 2"
             )
         return _NEXT_LINE.join(lines)
+
+
+def _card_of(source: Source) -> str:
+    """Return README.md of the source; empty if it has none. One that is fetched is there only when all is written."""
+    if CARD_FILE not in passthrough_files(source.folder):
+        return ""
+    return read_file(source.folder / CARD_FILE).decode(errors="replace")
 
 
 def _options(options: QuantizeOptions, choice: Choice) -> str:

@@ -22,7 +22,9 @@ from converters.quant.scheme import Arithmetic, ScaleSearch
 from converters.quant.single_scales import single_scale_findings
 from converters.quant.tiles import Tile, row_bytes, tiles
 from converters.schema import Tensor
-from converters.source import Source, open_source
+from converters.shard.source import is_sharded
+from converters.shard.whole import open_whole
+from converters.source import Source
 
 _TASKS_PER_THREAD = 16
 _ON_GRID = "gptq"
@@ -55,10 +57,11 @@ def certify_folders(
         InputError: one of them cannot be opened or read.
         ResourceError: max_memory does not hold a block for each thread.
     """
-    with open_source(source) as before, open_source(candidate) as after:
+    with open_whole(source) as before, open_whole(candidate) as after:
         pairs = pair_up(before, after, read_manifest(candidate))
         found = certify(pairs, options, on_start(sum(map(pair_bytes, pairs))))
-        scales = single_scale_findings(candidate) if after.is_quantized else ()
+        is_whole = after.is_quantized and not is_sharded(candidate)
+        scales = single_scale_findings(candidate) if is_whole else ()
         return replace(found, findings=(*found.findings, *scales))
 
 
@@ -77,7 +80,8 @@ def _transforms(manifest: Mapping[str, Any] | None) -> dict[str, Mapping[str, An
     """Return what made each tensor, as its manifest says."""
     if manifest is None:
         return {}
-    found = {name: tensor["transform"] for name, tensor in manifest["tensors"].items()}
+    # of what is cut for ranks, none is told
+    found = {name: tensor.get("transform") for name, tensor in manifest["tensors"].items()}
     return {name: transform for name, transform in found.items() if isinstance(transform, Mapping)}
 
 

@@ -12,6 +12,8 @@ from converters.schema import Role
 _VLLM, _SGLANG, _TRT, _HF = "vLLM", "SGLang", "TensorRT-LLM", "transformers"
 _MODELOPT_FIRST = "for TensorRT-LLM, write --format modelopt"
 _NVFP4_IN_HF = "transformers 5.23 loads the experts and gives wrong values without a word"
+# SGLang's own loader of such files, in place of the one that the config names
+W8A8_INT8 = "--quantization w8a8_int8"
 _CODES_IN_HF = "transformers 5.23 takes the codes for weights, without a word"
 
 
@@ -23,15 +25,16 @@ class Support:
     note: str = ""
 
 
+_QUANTIZED_MTP = (MtpPolicy.QUANTIZE, MtpPolicy.QUANTIZE_EXPERTS)
 _CT, _MODELOPT = Format.COMPRESSED_TENSORS, Format.MODELOPT
 _SUPPORT: dict[tuple[Format, str], Support] = {
     (_CT, "fp8"): Support((_VLLM, _SGLANG, _TRT, _HF)),
     (_CT, "fp8-block"): Support((_VLLM, _SGLANG, _TRT), "transformers 5.23 does not load it; --format deepseek does."),
     (_CT, "fp8-static"): Support((_VLLM, _SGLANG, _HF), f"{_MODELOPT_FIRST}."),
     (_CT, "int8"): Support(
-        (_VLLM,),
-        "SGLang reads it on CUDA with --quantization w8a8_int8 only; TensorRT-LLM takes the codes for FP8, and "
-        "transformers 5.23 does not load it.",
+        (_VLLM, _SGLANG),
+        f"SGLang reads it on CUDA with {W8A8_INT8} only, and all routed experts with it; TensorRT-LLM takes the codes "
+        "for FP8, and transformers 5.23 does not load it.",
     ),
     (_CT, "int8-weight-only"): Support((_VLLM, _SGLANG, _HF), "TensorRT-LLM does not read packed int8."),
     (_CT, "nvfp4"): Support((_VLLM, _SGLANG), f"{_MODELOPT_FIRST}: it does not find these names; {_NVFP4_IN_HF}."),
@@ -54,12 +57,34 @@ _SUPPORT: dict[tuple[Format, str], Support] = {
 }
 
 
-def engines_of(recipes: Sequence[Recipe]) -> tuple[str, ...]:
-    """Return the engines that load a result with these recipes."""
+def engines_of(recipes: Sequence[Recipe], roles: Mapping[Role, str]) -> tuple[str, ...]:
+    """Return the engines that load a result with these recipes, given the scheme of each role that is quantized."""
     found = [_SUPPORT[recipe.format, recipe.scheme].engines for recipe in recipes]
     # the decoder of TensorRT-LLM refuses several groups, and transformers was not tried with them
     left = found[0] if len(found) == 1 else (_VLLM, _SGLANG)
+    if any(map(_needs_w8a8_int8, recipes)) and (len(recipes) > 1 or roles.get(Role.EXPERT) != "int8"):
+        left = tuple(engine for engine in left if engine != _SGLANG)
     return tuple(engine for engine in left if all(engine in engines for engines in found))
+
+
+def sglang_options(recipes: Sequence[Recipe]) -> str:
+    """Return what SGLang has to be told beside what the config says; empty if nothing."""
+    return W8A8_INT8 if any(map(_needs_w8a8_int8, recipes)) else ""
+
+
+def has_sglang_mtp(recipes: Sequence[Recipe], mtp: MtpPolicy | None) -> bool:
+    """Return whether SGLang loads the MTP layer as it is stored, if there is one.
+
+    Its loader of int8 files builds every stack of experts for int8, and that of ModelOpt's NVFP4 no MTP layer for it.
+    """
+    is_quantized = mtp in _QUANTIZED_MTP
+    if any(map(_needs_w8a8_int8, recipes)):
+        return is_quantized
+    return not (is_quantized and any(recipe.format is _MODELOPT and recipe.scheme == "nvfp4" for recipe in recipes))
+
+
+def _needs_w8a8_int8(recipe: Recipe) -> bool:
+    return recipe.scheme == "int8"
 
 
 def is_one_kind_of_experts(roles: Mapping[Role, str]) -> bool:
@@ -89,9 +114,9 @@ def engine_notes(
         notes.append(
             "Routed and shared experts are stored differently; SGLang wants --disable-shared-experts-fusion for that."
         )
-    is_touched = mtp in (MtpPolicy.QUANTIZE, MtpPolicy.QUANTIZE_EXPERTS)
-    if is_touched and any(recipe.format is _MODELOPT and recipe.scheme == "nvfp4" for recipe in recipes):
-        notes.append("SGLang takes the MTP layer of ModelOpt's NVFP4 for unquantized and will not load this one.")
+    if mtp not in (None, MtpPolicy.DROP) and not has_sglang_mtp(recipes, mtp):
+        why = f"{W8A8_INT8} takes it for int8" if mtp is MtpPolicy.KEEP else "it takes that of ModelOpt for unquantized"
+        notes.append(f"SGLang does not load the MTP layer of this result: {why}.")
     if has_kv_scales:
         notes.append("SGLang skips the scales of the KV cache in this model, and takes 1.")
     return notes

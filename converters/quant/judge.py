@@ -5,14 +5,14 @@ Memory: a block of rows and its working copies, whatever the size of the tensor.
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 
 import torch
 
 from converters.checkpoint.dtypes import FLOAT_DTYPES, torch_dtype
 from converters.formats.weights import Coding, Part, Use
-from converters.quant.certificate import Relation, TensorFigures, rounded
+from converters.quant.certificate import Relation, TensorFigures
 from converters.quant.halfstep import (
     ROUNDOFF,
     Block,
@@ -23,6 +23,7 @@ from converters.quant.halfstep import (
     wrong_local_scales,
     wrong_scales,
 )
+from converters.quant.tally import Tally
 from converters.quant.tiles import Tile, official_rows, read_values, shares_tensor_scale
 from converters.schema import Tensor
 
@@ -102,63 +103,11 @@ class Pair:
         return min(self.step, self.tensor.shape[0]) * columns * WORKING_BYTES
 
 
-@dataclass(slots=True)
-class _Tally:
-    """Sums over the blocks of a tensor. Sums of rows are added exactly, so that no cut into blocks matters."""
-
-    outside: int = 0
-    first: str = ""
-    scales: int = 0
-    wrong_scales: int = 0
-    first_scale: str = ""
-    clipped: int = 0
-    amax: float = 0.0
-    sums_R3: list[torch.Tensor] = field(default_factory=list)
-
-    def add_outside(self, outside_RC: torch.Tensor, describe: Callable[[int, int], str]) -> None:
-        count = int(outside_RC.sum())
-        if count and not self.outside:
-            row, column = divmod(int(outside_RC.flatten().int().argmax()), outside_RC.shape[1])
-            self.first = describe(row, column)
-        self.outside += count
-
-    def add_scales(self, wrong_SG: torch.Tensor, describe: Callable[[int, int], str]) -> None:
-        count = int(wrong_SG.sum())
-        if count and not self.wrong_scales:
-            row, column = divmod(int(wrong_SG.flatten().int().argmax()), wrong_SG.shape[1])
-            self.first_scale = describe(row, column)
-        self.wrong_scales += count
-        self.scales += wrong_SG.numel()
-
-    def figures(self, pair: Pair, division: str, tensor_scale: float | None) -> TensorFigures:
-        squares, errors, products = (
-            (math.fsum(column) for column in torch.cat(self.sums_R3).T.tolist()) if self.sums_R3 else (1.0, 0.0, 1.0)
-        )
-        relative = math.sqrt(errors / squares) if squares > 0 else (math.inf if errors else squares)
-        return TensorFigures(
-            tensor=pair.tensor.name,
-            relation=pair.relation,
-            scheme=pair.scheme,
-            division=division,
-            elements=pair.tensor.numel,
-            outside=self.outside,
-            first=self.first,
-            scales=self.scales,
-            wrong_scales=self.wrong_scales,
-            first_scale=self.first_scale,
-            relative_error=rounded(relative),
-            slope=rounded(products / squares) if squares > 0 else 1.0,
-            clipped=rounded(self.clipped / max(1, pair.tensor.numel)),
-            amax=self.amax,
-            tensor_scale=tensor_scale,
-        )
-
-
 def judge_tensor(pair: Pair, on_block: Callable[[], None]) -> TensorFigures:
     """Compare a tensor; `on_block` is called after each block and may raise to end it."""
     if pair.relation in (Relation.ROUNDED, Relation.GRID):
         return _judge_codes(pair, on_block)
-    tally = _Tally()
+    tally = Tally()
     if not pair.before[0].format.is_plain and not pair.after[0].format.is_plain:
         _compare_codes(pair, tally, on_block)
     else:
@@ -186,8 +135,8 @@ def _tensor_scale(tile: Tile) -> float | None:
     return value
 
 
-def _judge_rounding(pair: Pair, division: Division, on_block: Callable[[], None]) -> _Tally:
-    tally = _Tally()
+def _judge_rounding(pair: Pair, division: Division, on_block: Callable[[], None]) -> Tally:
+    tally = Tally()
     for tile in pair.after:
         top = tile.place.piece.rows[0]
         left, right = tile.place.piece.columns
@@ -219,7 +168,7 @@ def _describer(source_RC: torch.Tensor, found_RC: torch.Tensor, top: int, left: 
 
 
 def _judge_scales(
-    pair: Pair, tally: _Tally, tile: Tile, rows: tuple[torch.Tensor, torch.Tensor], start: int, stop: int
+    pair: Pair, tally: Tally, tile: Tile, rows: tuple[torch.Tensor, torch.Tensor], start: int, stop: int
 ) -> None:
     """Hold the scales of a block of rows against the source; that of the whole tensor is left to the end."""
     part = tile.scales[0]
@@ -247,7 +196,7 @@ def _judge_scales(
     tally.add_scales(wrong_SG, describe)
 
 
-def _compare_values(pair: Pair, tally: _Tally, on_block: Callable[[], None]) -> None:
+def _compare_values(pair: Pair, tally: Tally, on_block: Callable[[], None]) -> None:
     """Compare plain weights with what they were copied, cast or decoded from."""
     target = torch_dtype(pair.dtype)
     is_copy = pair.relation is Relation.EQUAL
@@ -264,7 +213,7 @@ def _compare_values(pair: Pair, tally: _Tally, on_block: Callable[[], None]) -> 
         _add_sums(pair, tally, on_block)
 
 
-def _add_sums(pair: Pair, tally: _Tally, on_block: Callable[[], None]) -> None:
+def _add_sums(pair: Pair, tally: Tally, on_block: Callable[[], None]) -> None:
     """Measure how far apart two tensors are that should be equal."""
     for start, stop in pair.blocks():
         sides = [official_rows(side, pair.tensor, start, stop, read_values) for side in (pair.before, pair.after)]
@@ -276,7 +225,7 @@ def _bits(values_RC: torch.Tensor) -> torch.Tensor:
     return values_RC.view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[values_RC.element_size()])
 
 
-def _compare_codes(pair: Pair, tally: _Tally, on_block: Callable[[], None]) -> None:
+def _compare_codes(pair: Pair, tally: Tally, on_block: Callable[[], None]) -> None:
     """Compare codes and scales that were copied, NVFP4's global scale maybe as its reciprocal."""
     ours, theirs = pair.before[0].format, pair.after[0].format
     is_inverted = {ours.coding, theirs.coding} == {Coding.NVFP4_DIVISOR, Coding.NVFP4_FACTOR}

@@ -1,20 +1,13 @@
-"""The certificate as a file: every tensor with its error, for whoever publishes a checkpoint, and for its card."""
+"""The certificate as JSON has it, without its tensors but for the worst of them."""
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
-from converters.checkpoint.writer import write_file
-from converters.config import read_json
-from converters.errors import InputError
 from converters.quant.certificate import Certificate, TensorFigures
 
-REPORT_FILE = "weights.json"
 SCHEMA = "glm4moe.weights/1"
-_MAX_REPORT_BYTES = 256 << 20
 
 
 def certificate_json(certificate: Certificate, names: Mapping[str, str]) -> dict[str, Any]:
@@ -44,34 +37,3 @@ def _finite(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
     return value
-
-
-def report_path(path: Path) -> Path:
-    """Return the file that a report is written to: the path itself if it is a JSON file, else one in that folder."""
-    return path if path.suffix == ".json" else path / REPORT_FILE
-
-
-def write_report(path: Path, certificate: Certificate, names: Mapping[str, str]) -> Path:
-    """Write the report, one tensor a line, and return its file; equal certificates give equal bytes.
-
-    Raises:
-        ResourceError: the file cannot be written.
-    """
-    file = report_path(path)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    head = json.dumps(certificate_json(certificate, names), indent=1, ensure_ascii=False)
-    lines = ",\n".join(f"  {json.dumps(_tensor_json(figures))}" for figures in certificate.tensors)
-    write_file(file, f'{head[:-2]},\n "tensors": [\n{lines}\n ]\n}}\n'.encode())
-    return file
-
-
-def read_report(path: Path) -> dict[str, Any]:
-    """Return a report that `write_report` wrote.
-
-    Raises:
-        InputError: it is none.
-    """
-    report = read_json(report_path(path), _MAX_REPORT_BYTES)
-    if report.get("schema") != SCHEMA or not isinstance(report.get("tensors"), list):
-        raise InputError(str(report_path(path)), expected=f"a report of the form {SCHEMA}", found="something else")
-    return report

@@ -14,12 +14,13 @@ from glm4moe_cli._output import Output
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What the command line says about source and destination."""
+    """What the command line says about source and destination; `can_stream`: the command has --disk-budget."""
 
     src: Path | HubId
     dst: Path
     disk_budget: int | None
     dry_run: bool
+    can_stream: bool = True
 
 
 @contextmanager
@@ -34,7 +35,7 @@ def opened(output: Output, request: Request, how: JobOptions) -> Iterator[tuple[
     if isinstance(src, Path) or budget is None:
         if budget is not None:
             raise UsageError("--disk-budget", expected="a hub id such as org/name as SRC", found=f"the folder {src}")
-        with open_source(src if isinstance(src, Path) else _cached(output, src)) as source:
+        with open_source(local_folder(output, src, "SRC", can_stream=request.can_stream)) as source:
             yield source, how
         return
     for name, is_given in (("--part", how.part), ("--finalize", how.finalize), ("--update", how.update)):
@@ -50,17 +51,33 @@ def opened(output: Output, request: Request, how: JobOptions) -> Iterator[tuple[
         yield source, replace(how, feed=feed)
 
 
-def _cached(output: Output, src: HubId) -> Path:
-    """Return the folder of a hub id in the hub's cache."""
+def local_folder(output: Output, given: Path | HubId, argument: str, *, can_stream: bool = False) -> Path:
+    """Return the folder that is given, or that of a hub id in the hub's cache; nobody is asked.
+
+    Args:
+        output: takes a note of where it is.
+        given: the folder or the hub id.
+        argument: which one of the command's it is.
+        can_stream: the command could fetch it with --disk-budget.
+    Raises:
+        UsageError: the cache does not have all of it.
+    """
+    if isinstance(given, Path):
+        return given
     from converters.download import cached_folder
 
-    folder = cached_folder(src)
+    folder = cached_folder(given)
     if folder is None:
+        download = f"Run 'glm4moe download {given.repo} FOLDER{given.revision_option}' first"
         raise UsageError(
-            f"SRC {src.repo}",
-            expected="a folder, a checkpoint that is whole in the hub's cache, or --disk-budget beside a hub id",
-            found="no such folder, nothing whole in the cache, and no --disk-budget",
-            next_step=f"Run 'glm4moe download {src.repo} FOLDER' first, or add --disk-budget SIZE.",
+            f"{argument} {given.repo}",
+            expected="a folder, a checkpoint that is whole in the hub's cache, or --disk-budget beside a hub id"
+            if can_stream
+            else "a folder, or a checkpoint that is whole in the hub's cache",
+            found="no such folder, nothing whole in the cache, and no --disk-budget"
+            if can_stream
+            else "no such folder, and nothing whole in the cache",
+            next_step=f"{download}, or add --disk-budget SIZE." if can_stream else f"{download}.",
         )
-    output.note(f"{src.repo} is in the hub's cache: {folder}")
+    output.note(f"{given.repo} is in the hub's cache: {folder}")
     return folder

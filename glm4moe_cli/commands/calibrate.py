@@ -9,10 +9,12 @@ from click.core import ParameterSource
 from converters.errors import InputError, UsageError
 from converters.quant.rounded import rounded_folder
 from converters.quant.stats import CalibrationStats, LayerCoverage, coverage, other_file
+from converters.remote import HubId
 from glm4moe_cli._options import (
     ByteSize,
     PathName,
-    checkpoint_argument,
+    SourceName,
+    count_option,
     device_option,
     dry_run_option,
     output_options,
@@ -21,6 +23,7 @@ from glm4moe_cli._options import (
 from glm4moe_cli._output import Output
 from glm4moe_cli._text import format_bytes
 from glm4moe_cli.commands._schemes import GPTQ, SCHEME_OPTIONS, quantize_options, scheme_options
+from glm4moe_cli.commands._source import local_folder
 from runtime.calibrate.options import (
     DEFAULT_CONTEXT_LENGTH,
     DEFAULT_MAX_MEMORY,
@@ -41,7 +44,7 @@ COVERAGE_COLUMNS = ("layer", "experts", "fewest tokens", "median tokens", "fille
 
 
 @click.command(epilog=EXAMPLE)
-@checkpoint_argument
+@click.argument("checkpoint", metavar="CKPT", type=SourceName())
 @click.argument("stats", metavar="STATS", type=PathName(dir_okay=False))
 @click.option(
     "--text",
@@ -52,22 +55,13 @@ COVERAGE_COLUMNS = ("layer", "experts", "fewest tokens", "median tokens", "fille
     metavar="FILE",
     help="UTF-8 text of the kind the model will see; may be given several times.",
 )
-@click.option(
+@count_option(
     "--num-tokens",
-    type=click.IntRange(min=2),
-    metavar="N",
+    "Use this many tokens, in windows drawn from all texts.",
+    low=2,
     default=DEFAULT_NUM_TOKENS,
-    show_default=True,
-    help="Use this many tokens, in windows drawn from all texts.",
 )
-@click.option(
-    "--context-length",
-    type=click.IntRange(min=2),
-    metavar="N",
-    default=DEFAULT_CONTEXT_LENGTH,
-    show_default=True,
-    help="Tokens of one window.",
-)
+@count_option("--context-length", "Tokens of one window.", low=2, default=DEFAULT_CONTEXT_LENGTH)
 @click.option(
     "--seed",
     type=click.IntRange(0, (1 << 32) - 1),
@@ -76,13 +70,11 @@ COVERAGE_COLUMNS = ("layer", "experts", "fewest tokens", "median tokens", "fille
     show_default=True,
     help="Of the draw of windows.",
 )
-@click.option(
+@count_option(
     "--min-expert-tokens",
-    type=click.IntRange(min=0),
-    metavar="N",
+    "Measure an expert on at least this many tokens: more than the router sends, where those are fewer.",
+    low=0,
     default=DEFAULT_MIN_EXPERT_TOKENS,
-    show_default=True,
-    help="Measure an expert on at least this many tokens: more than the router sends, where those are fewer.",
 )
 @click.option(
     "--method",
@@ -105,7 +97,7 @@ COVERAGE_COLUMNS = ("layer", "experts", "fewest tokens", "median tokens", "fille
 @output_options
 def command(
     output: Output,
-    checkpoint: Path,
+    checkpoint: Path | HubId,
     stats: Path,
     texts: tuple[Path, ...],
     num_tokens: int,
@@ -142,7 +134,8 @@ def command(
     )
     _check_scheme(method)
     rounding = Rounding(quantize_options(given), rounded_folder(stats)) if method == GPTQ else None
-    with planned(checkpoint, texts, options, rounding) as job:
+    folder = local_folder(output, checkpoint, "CKPT")
+    with planned(folder, texts, options, rounding) as job:
         finished = _finished(stats, job)
         if job.text.num_tokens < num_tokens:
             output.warning(f"The texts have {job.text.available} tokens; {job.text.num_tokens} of them are used.")

@@ -7,27 +7,16 @@ import click
 
 from converters.convert import ConvertOptions, MtpChoice, plan_convert
 from converters.errors import UsageError
-from converters.job import JobOptions
 from converters.layout import Layout
-from converters.pipeline import RunOptions
 from converters.quant.scheme import Format
 from converters.reformat import FORMATS, ReformatOptions, plan_reformat
 from converters.remote import HubId
 from converters.shard.mapping import ParallelMapping
 from converters.shard.plan import ShardOptions
 from glm4moe_cli._mapping import mapping_options
-from glm4moe_cli._options import (
-    disk_budget_option,
-    dry_run_option,
-    dst_argument,
-    job_options,
-    max_memory_option,
-    max_shard_size_option,
-    output_options,
-    src_argument,
-    workers_option,
-)
+from glm4moe_cli._options import dst_argument, output_options, src_argument
 from glm4moe_cli._output import Output
+from glm4moe_cli._running import Running, running_options
 from glm4moe_cli.commands._conversion import plan_and_run
 from glm4moe_cli.commands._sharding import planned
 from glm4moe_cli.commands._source import Request, opened
@@ -73,12 +62,7 @@ Example:
     help="NVFP4 only: write the other dialect's names, scales and config, with the same codes.",
 )
 @mapping_options
-@max_shard_size_option
-@disk_budget_option
-@dry_run_option
-@job_options
-@workers_option
-@max_memory_option
+@running_options
 @output_options
 def command(
     output: Output,
@@ -91,11 +75,7 @@ def command(
     to_format: str | None,
     mapping: ParallelMapping | None,
     max_shard_size: int,
-    disk_budget: int | None,
-    dry_run: bool,
-    how: JobOptions,
-    workers: int,
-    max_memory: int,
+    running: Running,
 ) -> None:
     """Repack the checkpoint SRC into the new folder DST; with --tp, --ep or --pp, into files for each rank.
 
@@ -110,14 +90,15 @@ def command(
         max_shard_bytes=max_shard_size,
     )
     _check_together(options, to_format, mapping)
-    if mapping and (how.update or disk_budget is not None):
+    if mapping and (running.how.update or running.disk_budget is not None):
         raise UsageError(
             "--tp, --ep, --pp",
             expected="no --update or --disk-budget beside them: all ranks are written together, anew",
             found="one",
             next_step=f"'glm4moe download' the source first, or convert into a new folder instead of {dst}.",
         )
-    with opened(output, Request(src, dst, disk_budget, dry_run), how) as (source, how):
+    request = Request(src, dst, running.disk_budget, running.dry_run)
+    with opened(output, request, running.how) as (source, how):
         if to_format:
             reformat = ReformatOptions(format=Format(to_format), max_shard_bytes=max_shard_size)
             conversion = plan_reformat(source, reformat)
@@ -125,7 +106,7 @@ def command(
             conversion = planned(output, source, ShardOptions(mapping=mapping, convert=options), "convert")
         else:
             conversion = plan_convert(source, options)
-        plan_and_run(output, conversion, dst, (RunOptions(workers, max_memory), how), dry_run=dry_run)
+        plan_and_run(output, conversion, dst, (running.options, how), dry_run=running.dry_run)
 
 
 def _check_together(options: ConvertOptions, to_format: str | None, mapping: ParallelMapping | None) -> None:

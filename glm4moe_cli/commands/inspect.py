@@ -59,7 +59,8 @@ def command(
     Reads headers and config alone, of a hub id too, unless --hash or --check ask for the weights. Exit code 4: it is
     corrupt or incomplete.
     """
-    folder = Path(checkpoint) if Path(checkpoint).is_dir() else _cached_if_offline(output, checkpoint)
+    reads_weights = "--check" if check else "--hash" if want_hash else None
+    folder = _local_folder(output, checkpoint, reads_weights if mapping is None else None)
     if mapping is not None:
         beside = {"--tensors": tensors, "--missing": missing, "--hash": want_hash, "--check": check}
         _show_plan(output, folder, checkpoint, Wanted(mapping, gpu_memory, tuple(n for n, on in beside.items() if on)))
@@ -74,7 +75,8 @@ def command(
         if want_hash or check:
             report = _scan(output, report, want_hash=want_hash, check=check)
     else:
-        report = _inspect_remote(output, checkpoint, "--check" if check else "--hash" if want_hash else None)
+        with _remote_headers(output, checkpoint) as headers:
+            report = inspect_folder(headers, checkpoint)
     show(output, report, tensors=tensors, missing=missing)
     output.result(report.to_json(tensors=tensors))
     raise_fatal(report)
@@ -127,37 +129,40 @@ def _scan(output: Output, report: InspectReport, *, want_hash: bool, check: bool
         return scan_content(report, want_hash=want_hash, want_values=check, on_bytes=progress.advance)
 
 
-def _cached_if_offline(output: Output, checkpoint: str) -> Path | None:
-    """Return the folder of a hub id in the hub's cache, where HF_HUB_OFFLINE leaves nothing else; None otherwise."""
+def _local_folder(output: Output, checkpoint: str, reads_weights: str | None) -> Path | None:
+    """Return the folder of a checkpoint; of a hub id None, unless it has to be in the hub's cache.
+
+    Args:
+        reads_weights: the option that asks for all weights, if one does.
+    Raises:
+        UsageError, NetworkError: it has to be, and is not.
+    """
+    hub_id = None if Path(checkpoint).is_dir() else HubId.parse(checkpoint)
+    if hub_id is None:
+        return Path(checkpoint) if Path(checkpoint).is_dir() else None
     from converters.download import Hub, cached_folder
 
-    hub_id = HubId.parse(checkpoint)
-    if hub_id is None or not Hub().is_offline:
+    is_offline = Hub().is_offline
+    if not is_offline and not reads_weights:
         return None
     folder = cached_folder(hub_id)
-    if folder is None:
-        raise NetworkError(
-            f"CKPT {checkpoint}",
-            expected="a folder, or a hub id that is whole in the hub's cache, as HF_HUB_OFFLINE is set",
-            found="neither",
-            next_step="Unset HF_HUB_OFFLINE to look at it on the hub.",
-        )
-    output.note(f"{hub_id.repo} is in the hub's cache: {folder}")
-    return folder
-
-
-def _inspect_remote(output: Output, checkpoint: str, needs_weights: str | None) -> InspectReport:
-    """Fetch the headers of a hub id into a folder of holes, and inspect that."""
-    hub_id = HubId.parse(checkpoint)
-    if hub_id is not None and needs_weights:
+    if folder is not None:
+        output.note(f"{hub_id.repo} is in the hub's cache: {folder}")
+        return folder
+    if reads_weights:
         raise UsageError(
-            needs_weights,
-            expected="a folder, for it reads all weights",
-            found=f"the hub id {checkpoint}",
-            next_step=f"glm4moe download {hub_id.repo} DST fetches it.",
+            f"{reads_weights} {checkpoint}",
+            expected="a folder, or a hub id that is whole in the hub's cache: it reads all weights",
+            found="neither",
+            next_step=f"Run 'glm4moe download {hub_id.repo} FOLDER{hub_id.revision_option}' first, then "
+            f"'glm4moe inspect FOLDER {reads_weights}'.",
         )
-    with _remote_headers(output, checkpoint) as folder:
-        return inspect_folder(folder, checkpoint)
+    raise NetworkError(
+        f"CKPT {checkpoint}",
+        expected="a folder, or a hub id that is whole in the hub's cache, as HF_HUB_OFFLINE is set",
+        found="neither",
+        next_step="Unset HF_HUB_OFFLINE to look at it on the hub.",
+    )
 
 
 @contextmanager

@@ -8,24 +8,13 @@ import click
 
 from converters.errors import UsageError
 from converters.job import JobOptions
-from converters.pipeline import RunOptions
 from converters.quant.choice import QuantizeOptions, choose
 from converters.quantize import check_quantize, plan_quantize
 from converters.remote import HubId
 from converters.source import Source
-from glm4moe_cli._options import (
-    device_option,
-    disk_budget_option,
-    dry_run_option,
-    dst_argument,
-    job_options,
-    max_memory_option,
-    max_shard_size_option,
-    output_options,
-    src_argument,
-    workers_option,
-)
+from glm4moe_cli._options import device_option, dst_argument, output_options, src_argument
 from glm4moe_cli._output import Output
+from glm4moe_cli._running import Running, running_options
 from glm4moe_cli.commands._conversion import plan_and_run
 from glm4moe_cli.commands._schemes import GPTQ, RTN, quantize_options, scheme_options
 from glm4moe_cli.commands._source import Request, opened
@@ -51,25 +40,16 @@ Example:
     "or --stats of 'glm4moe calibrate --method gptq'.",
 )
 @statistics_options
-@max_shard_size_option
-@disk_budget_option
-@dry_run_option
-@job_options
-@workers_option
-@max_memory_option
+@running_options
 @device_option
 @output_options
 def command(
     output: Output,
     src: Path | HubId,
     dst: Path,
-    how: JobOptions,
     wanted: Wanted,
     method: str,
-    disk_budget: int | None,
-    dry_run: bool,
-    workers: int,
-    max_memory: int,
+    running: Running,
     device: str,
     **given: Any,
 ) -> None:
@@ -80,30 +60,36 @@ def command(
     """
     from runtime.kernels.accelerator import open_accelerator
 
-    with opened(output, Request(src, dst, disk_budget, dry_run), how) as (source, how):
+    is_gptq = method == GPTQ
+    if (is_gptq or wanted.texts) and isinstance(src, HubId) and running.disk_budget is not None:
+        raise UsageError(
+            "--method gptq" if is_gptq else "--calibrate",
+            expected="a SRC that is there as a whole: the model is run",
+            found=f"{src.repo} with --disk-budget",
+            next_step=f"Run 'glm4moe download {src.repo} FOLDER{src.revision_option}' first and quantize FOLDER.",
+        )
+    request = Request(src, dst, running.disk_budget, running.dry_run)
+    with opened(output, request, running.how) as (source, how):
         accelerator = open_accelerator(device)
         options = quantize_options(given)
         choice = choose(source.schema, options)
-        is_gptq = method == GPTQ
-        if (is_gptq or wanted.texts) and not isinstance(src, Path):
-            name = "--method gptq" if is_gptq else "--calibrate"
-            raise UsageError(name, expected="a folder as SRC", found=f"{src.repo} on the hub")
         wanted.check_used(choice.needs_stats or is_gptq)
         if wanted.texts:
             _check_calibration(source, options, dst, how)
         stats = None
         if choice.needs_stats or is_gptq:
             stats = statistics(
-                output, wanted, source.folder, dst, dry_run=dry_run, rounding=options if is_gptq else None
+                output, wanted, source.folder, dst, dry_run=running.dry_run, rounding=options if is_gptq else None
             )
         if is_gptq:
             options = replace(options, rounded=rounded_weights(wanted, stats, dst))
         conversion = plan_quantize(source, options.with_stats(stats if choice.needs_stats else None))
         if accelerator is not None:
             output.note(f"quantizing on {accelerator.name}")
-        plan_and_run(output, conversion, dst, (RunOptions(workers, max_memory, accelerator), how), dry_run=dry_run)
-        if not dry_run and isinstance(src, Path):
-            output.hint(f"glm4moe verify {dst} --against {src} --text FILE")
+        run_options = replace(running.options, accelerator=accelerator)
+        plan_and_run(output, conversion, dst, (run_options, how), dry_run=running.dry_run)
+        if not running.dry_run and how.feed is None:
+            output.hint(f"glm4moe verify {dst} --against {source.folder} --text FILE")
 
 
 def _check_calibration(source: Source, options: QuantizeOptions, dst: Path, how: JobOptions) -> None:

@@ -88,7 +88,7 @@ def command(
     stands in DST's manifest.
     """
     convert = ConvertOptions(max_shard_bytes=max_shard_size)
-    with _opened(output, Request(src, dst, None, dry_run), merge=merge, reshard=reshard) as source:
+    with _opened(output, Request(src, dst, None, dry_run, can_stream=False), merge=merge, reshard=reshard) as source:
         if merge:
             conversion = _merged(source, mapping, convert)
         elif mapping is None:
@@ -128,6 +128,7 @@ def _opened(output: Output, request: Request, *, merge: bool, reshard: bool) -> 
         return
     option = "--merge" if merge else "--reshard"
     if not isinstance(src, Path):
-        raise UsageError(option, expected="a folder as SRC", found=f"the hub id {src.repo}")
+        next_step = f"Run 'glm4moe download {src.repo} FOLDER{src.revision_option}' first."
+        raise UsageError(option, expected="a folder as SRC", found=f"the hub id {src.repo}", next_step=next_step)
     with open_sharded(src) as sharded:
         yield sharded

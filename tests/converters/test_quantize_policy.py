@@ -351,10 +351,41 @@ def test_plan_says_what_engines_make_of_it(src: Path) -> None:
     with open_source(src) as source:
         plan = plan_quantize(source, options_for(src, "int8", preset="experts-only"))
         summary = plan.summary(RunOptions(1))
-    assert plan.engines == ("vLLM",)
+    assert plan.engines == ("vLLM", "SGLang")
+    assert any("SGLang reads it on CUDA with --quantization w8a8_int8 only" in note for note in summary["notes"])
     assert any("TensorRT-LLM takes the codes for FP8" in note for note in summary["notes"])
     assert any("--disable-shared-experts-fusion" in note for note in summary["notes"])
     assert summary["limits"]["tensor parallel"] == "1, 2, 4, 8, 16"
+
+
+@pytest.mark.parametrize(
+    ("scheme", "mtp", "engines", "has_mtp"),
+    [
+        ("int8", MtpPolicy.QUANTIZE, ("vLLM", "SGLang"), True),
+        ("int8", MtpPolicy.KEEP, ("vLLM", "SGLang"), False),
+        # its loader of int8 has no plain experts, and takes all that is not ignored for int8
+        ("attention=int8", MtpPolicy.KEEP, ("vLLM",), None),
+        ("attention=int8,experts=fp8", MtpPolicy.KEEP, ("vLLM",), None),
+        ("fp8", MtpPolicy.KEEP, ("vLLM", "SGLang", "TensorRT-LLM", "transformers"), True),
+    ],
+)
+def test_card_has_what_sglang_must_be_told(
+    src: Path, tmp_path: Path, scheme: str, mtp: MtpPolicy, engines: tuple[str, ...], has_mtp: bool | None
+) -> None:
+    """The card said that SGLang does not read int8, and offered speculation with MTP layers that it does not load."""
+    with open_source(src) as source:
+        plan = plan_quantize(source, options_for(src, scheme, mtp=mtp))
+        run(plan, tmp_path / "dst", RunOptions(1), lambda _: None)
+    assert plan.engines == engines
+    card = (tmp_path / "dst" / "README.md").read_text()
+    command = card.partition("**SGLang**\n\n")[2].partition("\n**")[0]
+    if has_mtp is None:
+        assert command.startswith("Not supported.")
+        return
+    assert ("--quantization w8a8_int8" in command) is (scheme == "int8")
+    assert ("--speculative-algorithm EAGLE" in command) is has_mtp
+    has_note = any("SGLang does not load the MTP layer" in note for note in plan.notes)
+    assert has_note is not has_mtp
 
 
 @pytest.mark.parametrize("scheme", ["fp8-block", "fp8-static", "int8-weight-only", "nvfp4"])

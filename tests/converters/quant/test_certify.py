@@ -296,7 +296,7 @@ def manifest_of(copy: Path, **transform: str) -> None:
                 "dtype": "",
                 "shape": [],
                 "sha256": "",
-                "source_sha256": "",
+                "source_digest": "",
                 "transform": transform,
                 "sources": [],
             }
@@ -304,7 +304,7 @@ def manifest_of(copy: Path, **transform: str) -> None:
         }
         shards = {file: {"bytes": 0} for file in opened.reader.index.files}
     job = {"source": "", "version": ""}
-    manifest = {"schema": "glm4moe.manifest/1", "job": job, "shards": shards, "files": {}, "tensors": tensors}
+    manifest = {"schema": "glm4moe.manifest/2", "job": job, "shards": shards, "files": {}, "tensors": tensors}
     (copy / "glm4moe-manifest.json").write_text(json.dumps(manifest))
 
 
