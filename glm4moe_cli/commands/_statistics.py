@@ -12,6 +12,7 @@ from converters.errors import UsageError
 from converters.quant.choice import QuantizeOptions
 from converters.quant.rounded import Rounded, rounded_folder
 from converters.quant.stats import CalibrationStats
+from glm4moe_cli._options import count_option
 from glm4moe_cli._output import Output
 from runtime.calibrate.options import DEFAULT_CONTEXT_LENGTH, DEFAULT_NUM_TOKENS, CalibrateOptions
 
@@ -66,19 +67,9 @@ def statistics_options(function: Callable[..., Any]) -> Callable[..., Any]:
         metavar="TEXT",
         help="Calibrate on this text first and keep the statistics beside DST; may be given several times.",
     )
-    number = click.option(
-        "--num-tokens",
-        type=click.IntRange(min=2),
-        metavar="N",
-        show_default=str(DEFAULT_NUM_TOKENS),
-        help="Tokens to calibrate on.",
-    )
-    length = click.option(
-        "--context-length",
-        type=click.IntRange(min=2),
-        metavar="N",
-        show_default=str(DEFAULT_CONTEXT_LENGTH),
-        help="Tokens of one window of the calibration.",
+    number = count_option("--num-tokens", "Tokens to calibrate on.", low=2, shown=DEFAULT_NUM_TOKENS)
+    length = count_option(
+        "--context-length", "Tokens of one window of the calibration.", low=2, shown=DEFAULT_CONTEXT_LENGTH
     )
     return from_file(from_text(number(length(command))))
 

@@ -14,7 +14,6 @@ from functools import partial
 import torch
 
 from converters.schema import Tensor
-from runtime.cache.kv_cache import KVCache, KVShape
 from runtime.calibrate.coverage import Routed, extra_tokens, fill_from_layer
 from runtime.calibrate.meter import finite
 from runtime.calibrate.parts import LayerParts, Part, layer_parts, metered
@@ -22,15 +21,10 @@ from runtime.calibrate.record import Record
 from runtime.calibrate.rounder import Rounder
 from runtime.model.decoder import DecoderLayer
 from runtime.model.loader import ModelLoader
-from runtime.model.mlp import GatedMlp
 from runtime.model.mtp import MtpLayer
-from runtime.model.step import build_step
 from runtime.moe.runner import MoE
-
-# tokens of a window that attention takes at a time; bounds its scores
-CHUNK_TOKENS = 512
-# rows that an expert takes at a time
-EXPERT_ROWS = 1024
+from runtime.streaming.attention import WindowAttention, chunks
+from runtime.streaming.experts import EXPERT_ROWS, add_weighted, normed_rows, run_expert
 
 
 @dataclass(slots=True)
@@ -85,11 +79,6 @@ class Stream:
         finally:
             self.loader.release(names)
 
-    def _chunks(self) -> Iterator[tuple[int, int]]:
-        for begin, end in self.bounds:
-            for start in range(begin, end, CHUNK_TOKENS):
-                yield start, min(start + CHUNK_TOKENS, end)
-
     def _rows(self, begin: int, end: int) -> torch.Tensor:
         return self.hidden_TD[begin:end].to(self._device)
 
@@ -98,7 +87,7 @@ class Stream:
 
         added_TD holds that embedding.
         """
-        for begin, end in self._chunks():
+        for begin, end in chunks(self.bounds):
             next_RD = self.added_TD[begin:end].to(self._device)
             joined = torch.cat([module.enorm(next_RD), module.hnorm(self._rows(begin, end))], dim=-1)
             self.hidden_TD[begin:end] = module.eh_proj(joined).cpu()
@@ -119,27 +108,18 @@ class Stream:
 
     def _attend(self, module: DecoderLayer, *, write: bool) -> tuple[float, float]:
         """Run attention over all windows and return the largest key and value; `write`: hidden_TD takes the result."""
-        device, config = self._device, self.loader.model.config
-        shape = KVShape(
-            num_layers=1,
-            batch_size=1,
-            capacity_tokens=max(end - begin for begin, end in self.bounds),
-            num_key_value_heads=config.num_key_value_heads,
-            head_dim=config.head_dim,
-        )
-        cache = KVCache(shape, torch.float32, device)
+        device = self._device
+        longest = max(end - begin for begin, end in self.bounds)
+        attention = WindowAttention(self.loader.model.config, longest, torch.float32, device)
         key_amax, value_amax = torch.zeros((), device=device), torch.zeros((), device=device)
-        for begin, end in self.bounds:
-            cache.reset()
-            for start in range(begin, end, CHUNK_TOKENS):
-                stop = min(start + CHUNK_TOKENS, end)
+        for window in self.bounds:
+            attention.reset()
+            for start, stop in chunks([window]):
                 rows_1RD = self._rows(start, stop)[None]
-                step = build_step(config, stop - start, start=start - begin, device=device)
-                rows_1RD = rows_1RD + module.self_attn(module.input_layernorm(rows_1RD), step, cache.layer(0))
-                cache.advance(stop - start)
+                rows_1RD = rows_1RD + attention.run(module, rows_1RD)
                 if write:
                     self.hidden_TD[start:stop] = rows_1RD[0].cpu()
-            keys, values = cache.read(0)
+            keys, values = attention.seen()
             key_amax = torch.maximum(key_amax, keys.abs().max())
             value_amax = torch.maximum(value_amax, values.abs().max())
         return float(key_amax), float(value_amax)
@@ -158,7 +138,7 @@ class Stream:
     def _common(self, module: DecoderLayer) -> list[Routed]:
         """Run what every token passes, the dense MLP or the shared expert, and return what the router decides."""
         routed = []
-        for begin, end in self._chunks():
+        for begin, end in chunks(self.bounds):
             normed_RD = module.post_attention_layernorm(self._rows(begin, end))
             dense = module.mlp
             if isinstance(dense, MoE):
@@ -170,7 +150,6 @@ class Stream:
     def _experts(self, module: DecoderLayer, moe: MoE, parts: LayerParts, routed: Routed) -> None:
         rows = torch.cat([torch.arange(begin, end) for begin, end in self.bounds])
         for index, (expert, part) in enumerate(zip(moe.experts, parts.experts, strict=True)):
-            assert isinstance(expert, GatedMlp), expert
             tokens, weights = routed.of_expert(index)
             extra = extra_tokens(routed, index, self.min_expert_tokens)
             with self._resident(part.names):
@@ -178,8 +157,7 @@ class Stream:
                 self._round(part, partial(self._see, module, expert, seen))
                 with metered(self.loader, part, self.record):
                     for block, scale in zip(tokens.split(EXPERT_ROWS), weights.split(EXPERT_ROWS), strict=True):
-                        out_RD = self._expert(module, expert, rows[block]) * scale[:, None].to(self._device)
-                        self.added_TD[rows[block]] += out_RD.cpu()
+                        add_weighted(self._expert(module, expert, rows[block]), scale, rows[block], self.added_TD)
                     self._see(module, expert, rows[extra])
             self._count(part.weights, len(tokens))
             if len(extra):
@@ -187,15 +165,14 @@ class Stream:
                 self.record.filled |= {weight.module: text for weight in part.weights}
         fill_from_layer(self.record, parts.experts)
 
-    def _see(self, module: DecoderLayer, expert: GatedMlp, rows: torch.Tensor) -> None:
+    def _see(self, module: DecoderLayer, expert: torch.nn.Module, rows: torch.Tensor) -> None:
         """Run an expert on rows for those who watch it."""
         for block in rows.split(EXPERT_ROWS):
             self._expert(module, expert, block)
 
-    def _expert(self, module: DecoderLayer, expert: GatedMlp, rows: torch.Tensor) -> torch.Tensor:
-        hidden_RD = self.hidden_TD[rows].to(self._device)
-        out: torch.Tensor = expert(module.post_attention_layernorm(hidden_RD))
-        return out
+    def _expert(self, module: DecoderLayer, expert: torch.nn.Module, rows: torch.Tensor) -> torch.Tensor:
+        norm = module.post_attention_layernorm
+        return run_expert(expert, normed_rows(self.hidden_TD, rows, norm, torch.float32, self._device))
 
     @property
     def _device(self) -> str:

@@ -8,21 +8,18 @@ and the decisions of one router.
 from collections.abc import Container
 from dataclasses import dataclass, replace
 
-from converters.config import Glm4MoeConfig
 from converters.errors import ResourceError
-from runtime.calibrate.layers import CHUNK_TOKENS, EXPERT_ROWS
 from runtime.calibrate.options import CalibrateOptions
 from runtime.calibrate.parts import LayerParts, Part, layer_parts
 from runtime.calibrate.text import CalibrationText
 from runtime.model.loader import ModelLoader
+from runtime.streaming.memory import activation_bytes
 
 _FP32 = 4
 _INT64 = 8
 _FP64 = 8
 # an activation, its magnitudes, and their places in the histogram
 _METER_BYTES = _FP32 + 16
-# scores, their masked copy, and their softmax
-_SCORE_COPIES = 3
 # of a weight that is rounded: as stored, widened, in order, as codes, as what they stand for, its error in fp64
 _WEIGHT_COPIES = 8
 
@@ -75,7 +72,7 @@ def plan_memory(
     # the decisions window by window, and put together
     plan = MemoryPlan(
         weights=weights,
-        activations=_activation_bytes(config, max(map(len, text.windows))),
+        activations=activation_bytes(config, max(map(len, text.windows)), element_bytes=_METER_BYTES),
         routing=2 * routing,
         rounding=max(_rounding_bytes(part, rounded) for parts in layers for part in parts),
         hidden=2 * text.num_tokens * config.hidden_size * _FP32,
@@ -114,14 +111,3 @@ def _rounding_bytes(part: Part, rounded: Container[str]) -> int:
     # the matrix averaged, and put in order; in fp64 damped, factored, and inverted
     factors = columns**2 * (2 * _FP32 + 3 * _FP64)
     return gathered + factors + max(weight.numel for weight in part.weights) * _WEIGHT_COPIES * _FP32
-
-
-def _activation_bytes(config: Glm4MoeConfig, window: int) -> int:
-    rows = min(CHUNK_TOKENS, window)
-    scores = _SCORE_COPIES * config.num_attention_heads * rows * window * _FP32
-    cache = 2 * window * config.kv_size * _FP32
-    widths = 6 * (config.q_size + config.hidden_size) + 2 * config.kv_size
-    attention = scores + cache + rows * widths * _METER_BYTES
-    dense = rows * (3 * config.hidden_size + 4 * max(config.intermediate_size, config.shared_intermediate_size))
-    expert = EXPERT_ROWS * (3 * config.hidden_size + 4 * config.moe_intermediate_size)
-    return max(attention, dense * _METER_BYTES, expert * _METER_BYTES)

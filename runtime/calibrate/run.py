@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -27,16 +27,8 @@ from runtime.calibrate.rounder import Rounder, rounding_recipes
 from runtime.calibrate.text import CalibrationText, read_texts
 from runtime.config import EngineConfig
 from runtime.model.loader import ModelLoader
-
-
-class Progress(Protocol):
-    """Who wants to know how far it is, in bytes of weights read."""
-
-    def advance(self, num_bytes: int) -> None:
-        """Count bytes as done."""
-
-    def describe(self, text: str) -> None:
-        """Take note of what is being worked on."""
+from runtime.streaming.embedding import embed, names_of
+from runtime.streaming.options import Progress as Progress
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,34 +167,22 @@ class CalibrationJob:
             advance=progress.advance if progress is not None else lambda _: None,
             rounder=rounder,
         )
-        self._embed(self._token_ids(), stream.hidden_TD)
+        embed(self.source, self._token_ids(), stream.hidden_TD)
         return stream
 
     def _token_ids(self) -> torch.Tensor:
         return torch.tensor([token for window in self.text.windows for token in window])
 
-    def _embed(self, ids_T: torch.Tensor, out_TD: torch.Tensor) -> None:
-        """Write the embeddings of ids (T,) into (T, D) fp32, each row of the table read once."""
-        tensor = next(tensor for tensor in self.source.schema.tensors.values() if tensor.spec.role is Role.EMBEDDING)
-        (place,) = self.source.stored_layout.places(tensor)
-        for token in ids_T.unique().tolist():
-            row_1D = self.source.reader.read_rows(place.stored.name, place.row + token, place.row + token + 1)
-            out_TD[ids_T == token] = row_1D.to(torch.float32)
-
     def _prepare_mtp(self, stream: Stream) -> None:
         """Set a stream up for the MTP layer: final norm, embeddings of the next tokens, and no last token."""
-        names = [
-            tensor.name
-            for tensor in self.source.schema.tensors.values()
-            if tensor.spec.role is Role.NORM and tensor.layer is None
-        ]
+        names = names_of(self.source, Role.NORM)
         self.loader.fill(names)
         for begin, end in stream.bounds:
             rows_RD = stream.hidden_TD[begin:end].to(self.options.device)
             stream.hidden_TD[begin:end] = self.loader.model.model.norm(rows_RD).cpu()
         self.loader.release(names)
         # the last token of a window gets another window's; it is not run
-        self._embed(self._token_ids().roll(-1), stream.added_TD)
+        embed(self.source, self._token_ids().roll(-1), stream.added_TD)
         stream.bounds = [(begin, end - 1) for begin, end in stream.bounds]
 
 

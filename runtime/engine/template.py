@@ -41,17 +41,26 @@ def read_template(folder: Path) -> str:
     return template
 
 
-def render_chat(template: str, messages: Sequence[Message], *, enable_thinking: bool) -> str:
+def render_chat(
+    template: str, messages: Sequence[Message], *, enable_thinking: bool, tools: Sequence[Message] | None = None
+) -> str:
     """Return the prompt that asks for the assistant's next turn.
 
     Args:
         template: Jinja source.
         messages: {"role", "content"} each, in order.
         enable_thinking: let the model think before it answers.
+        tools: descriptions of functions that the model may call.
     Raises:
         SecurityError: the template failed, or went over 5 s, 512 MiB of address space or 1 MB of text.
     """
-    variables = {"messages": list(messages), "add_generation_prompt": True, "enable_thinking": enable_thinking}
+    variables: dict[str, Any] = {
+        "messages": list(messages),
+        "add_generation_prompt": True,
+        "enable_thinking": enable_thinking,
+    }
+    if tools is not None:
+        variables["tools"] = list(tools)
     request = json.dumps({"template": template, "variables": variables}).encode()
     # files rather than pipes: nothing can block, and the child's file size limit bounds its output
     with tempfile.TemporaryFile() as stdin, tempfile.TemporaryFile() as stdout:

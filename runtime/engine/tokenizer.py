@@ -65,14 +65,17 @@ class Tokenizer:
             raise UsageError("prompt", expected="valid UTF-8", found=error.reason) from error
         return self._backend.encode(text, add_special_tokens=False).ids
 
-    def encode_chat(self, messages: Sequence[Message], *, enable_thinking: bool = True) -> list[int]:
+    def encode_chat(
+        self, messages: Sequence[Message], *, enable_thinking: bool = True, tools: Sequence[Message] | None = None
+    ) -> list[int]:
         """Return the ids of the prompt for the assistant's next turn, as the folder's chat template writes it.
 
         Raises:
             InputError: the folder has no chat template.
             SecurityError: the template failed or went over its limits.
         """
-        return self.encode(render_chat(read_template(self.folder), messages, enable_thinking=enable_thinking))
+        template = read_template(self.folder)
+        return self.encode(render_chat(template, messages, enable_thinking=enable_thinking, tools=tools))
 
     def decode(self, token_ids: Sequence[int], *, skip_special: bool = True) -> str:
         """Return the text of a whole output; an unfinished character at its end is left out."""

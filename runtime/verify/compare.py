@@ -11,19 +11,22 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from converters.config import CONFIG_FILE, Glm4MoeConfig
-from converters.errors import InputError, UsageError
+from converters.errors import InputError
 from converters.formats.inputs import FULL
 from runtime.config import EngineConfig
-from runtime.engine.tokenizer import TOKENIZER_FILE, Tokenizer
 from runtime.model.decoder import CausalLM
 from runtime.model.loader import load_model
 from runtime.moe.router import Routing
 from runtime.verify.metrics import TokenScores, score_tokens
 from runtime.verify.routing import LayerRouting, RoutingCounter
+from runtime.verify.store_layout import ModelRun, OnInput, RunOptions
 from runtime.verify.summary import LogitSummary, summarize
-from runtime.verify.windows import DEFAULT_CONTEXT_LENGTH, Window, WindowPlan, plan_windows
+from runtime.verify.tokens import EncodedText as EncodedText
+from runtime.verify.tokens import encode_text as encode_text
+from runtime.verify.windows import DEFAULT_CONTEXT_LENGTH, Window
 
 # 128 x 151552 fp32 = 74 MiB a model
 _LOGIT_ROWS = 128
@@ -46,14 +49,6 @@ class LogitsOptions:
     device: str = "cpu"
     dtype: str = "float32"
     activations: str = FULL
-
-
-@dataclass(frozen=True, slots=True)
-class EncodedText:
-    """Token ids of a text, by the source's tokenizer, and the windows they are fed in."""
-
-    token_ids: tuple[int, ...]
-    plan: WindowPlan
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,34 +77,6 @@ class LogitsComparison:
     non_finite: tuple[NonFinite, ...]
     notes: tuple[str, ...] = ()
     activations: str = FULL
-
-
-def encode_text(source: Path, text: str, options: LogitsOptions) -> EncodedText:
-    """Encode a text and cut it into windows; no weight is read.
-
-    Raises:
-        UsageError: sizes that leave nothing to score, or that the model's context cannot hold.
-        InputError: no usable tokenizer, or one that gives ids which the model lacks.
-    """
-    config = Glm4MoeConfig.from_folder(source)
-    if options.context_length > config.max_position_embeddings:
-        raise UsageError(
-            "--context-length",
-            expected=f"at most {config.max_position_embeddings}, the model's own",
-            found=str(options.context_length),
-        )
-    token_ids = Tokenizer.open(source).encode(text)
-    plan = plan_windows(
-        len(token_ids), context_length=options.context_length, stride=options.stride, num_tokens=options.num_tokens
-    )
-    if max(token_ids) >= config.vocab_size:
-        raise InputError(
-            str(source / TOKENIZER_FILE),
-            expected=f"token ids below vocab_size {config.vocab_size}",
-            found=str(max(token_ids)),
-            next_step="This is another model's tokenizer.",
-        )
-    return EncodedText(tuple(token_ids), plan)
 
 
 def compare_logits(
@@ -184,6 +151,32 @@ def _run(model: CausalLM, ids_T: torch.Tensor, window: Window) -> _Pass:
 
     hidden_1TD = model(ids_T[None], observer=observe)
     return _Pass(model, hidden_1TD[0, window.logit_rows], topk_ids)
+
+
+@torch.inference_mode()
+def run_in_memory(folder: Path, text: EncodedText, options: RunOptions, on_input: OnInput | None = None) -> ModelRun:
+    """Load a whole model and run it, window by window; what a streamed run must equal."""
+    engine = EngineConfig(dtype=options.dtype, device=options.device, activations=options.activations)
+    model = load_model(folder, engine, with_mtp=False).model
+    hidden, topk_ids, first_row = list[torch.Tensor](), dict[int, list[torch.Tensor]](), 0
+
+    def observe(routing: Routing) -> None:
+        topk_ids.setdefault(routing.layer, []).append(routing.topk_ids_TK.cpu())
+
+    def tell(layer: int) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
+        def hook(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+            if on_input is not None:
+                on_input(layer, first_row, inputs[0][0])
+
+        return hook
+
+    for layer, module in enumerate(model.decoder_layers):
+        module.register_forward_pre_hook(tell(layer))
+    for window in text.plan.windows:
+        ids_T = torch.tensor(text.token_ids[window.begin : window.end], device=options.device)
+        hidden.append(model(ids_T[None], observer=observe)[0].float().cpu())
+        first_row += len(ids_T)
+    return ModelRun(torch.cat(hidden), {layer: torch.cat(parts) for layer, parts in topk_ids.items()})
 
 
 @dataclass(slots=True)

@@ -8,10 +8,11 @@ runs in fp32 and every sum in fp64. A row with a NaN or Inf logit on either side
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from typing import NamedTuple
 
 import torch
 
-TOP_N = 5
+TOP_N, TOP_N_WIDE = 5, 10
 # fp64 scratch of one chunk stays near 64 MB per buffer at any vocabulary size
 _CHUNK_ELEMENTS = 1 << 23
 
@@ -32,6 +33,9 @@ class TokenScores:
         logit_mean_square: mean over V of (candidate - reference)^2, in squared logits.
         finite_reference: no NaN or Inf in the reference's row.
         finite_candidate: no NaN or Inf in the candidate's row.
+        top10_overlap: as top5_overlap, of both top-10 sets, divided by 10 (by V where V < 10).
+        gap_reference: ln p1 - ln p2 of the reference's two most likely tokens, nats; infinite where V = 1.
+        max_p_reference: the reference's largest probability.
     """
 
     kl_nats: torch.Tensor
@@ -45,6 +49,9 @@ class TokenScores:
     logit_mean_square: torch.Tensor
     finite_reference: torch.Tensor
     finite_candidate: torch.Tensor
+    top10_overlap: torch.Tensor
+    gap_reference: torch.Tensor
+    max_p_reference: torch.Tensor
 
     @property
     def finite(self) -> torch.Tensor:
@@ -86,7 +93,8 @@ def _score_chunk(reference_CV: torch.Tensor, candidate_CV: torch.Tensor, next_id
     log_q_CV = torch.log_softmax(candidate_CV, -1).double()
     next_C1 = next_ids_C.to(log_p_CV.device)[:, None]
     log_p_C, log_q_C = log_p_CV.gather(1, next_C1)[:, 0], log_q_CV.gather(1, next_C1)[:, 0]
-    top1_same, top5_overlap, top1_in_top5 = _top_agreement(reference_CV, candidate_CV)
+    top = _top_agreement(reference_CV, candidate_CV)
+    best_C, gap_C = _confidence(log_p_CV)
     difference_CV = candidate_CV.double() - reference_CV.double()
     # argmax and top-k return something for a row of NaN; no such row may look like an agreement
     unusable_C = ~(finite_reference & finite_candidate)
@@ -98,14 +106,17 @@ def _score_chunk(reference_CV: torch.Tensor, candidate_CV: torch.Tensor, next_id
         kl_nats=clean(kl_divergence(log_p_CV, log_q_CV)),
         nll_reference=clean(-log_p_C),
         nll_candidate=clean(-log_q_C),
-        top1_same=clean(top1_same),
-        top5_overlap=clean(top5_overlap),
-        top1_in_top5=clean(top1_in_top5),
+        top1_same=clean(top.top1_same),
+        top5_overlap=clean(top.top5_overlap),
+        top1_in_top5=clean(top.top1_in_top5),
         delta_p=clean(log_q_C.exp() - log_p_C.exp()),
         logit_max_abs=clean(difference_CV.abs().amax(-1)),
         logit_mean_square=clean(difference_CV.square().mean(-1)),
         finite_reference=finite_reference.cpu(),
         finite_candidate=finite_candidate.cpu(),
+        top10_overlap=clean(top.top10_overlap),
+        gap_reference=clean(gap_C),
+        max_p_reference=clean(best_C.exp()),
     )
 
 
@@ -118,19 +129,34 @@ def kl_divergence(log_p_TV: torch.Tensor, log_q_TV: torch.Tensor) -> torch.Tenso
     return (log_p_TV.exp() * (log_p_TV - log_q_TV)).sum(-1)
 
 
-def _top_agreement(
-    reference_CV: torch.Tensor, candidate_CV: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return (C,) each: argmax equal, overlap of the top-N sets / N, reference argmax within candidate's top N."""
-    count = min(TOP_N, reference_CV.shape[1])
-    top_reference_CN = reference_CV.topk(count).indices
-    top_candidate_CN = candidate_CV.topk(count).indices
+class _TopAgreement(NamedTuple):
+    """Of C tokens: argmax equal, overlap of the top-5 and top-10 sets, reference argmax in the candidate's top 5."""
+
+    top1_same: torch.Tensor
+    top5_overlap: torch.Tensor
+    top10_overlap: torch.Tensor
+    top1_in_top5: torch.Tensor
+
+
+def _top_agreement(reference_CV: torch.Tensor, candidate_CV: torch.Tensor) -> _TopAgreement:
+    few, many = (min(count, reference_CV.shape[1]) for count in (TOP_N, TOP_N_WIDE))
+    reference_CN = reference_CV.topk(many).indices
+    candidate_CN = candidate_CV.topk(many).indices
     best_C = reference_CV.argmax(-1)
-    return (
-        best_C == candidate_CV.argmax(-1),
-        set_overlap(top_reference_CN, top_candidate_CN),
-        (top_candidate_CN == best_C[:, None]).any(-1),
+    return _TopAgreement(
+        top1_same=best_C == candidate_CV.argmax(-1),
+        top5_overlap=set_overlap(reference_CN[:, :few], candidate_CN[:, :few]),
+        top10_overlap=set_overlap(reference_CN, candidate_CN),
+        top1_in_top5=(candidate_CN[:, :few] == best_C[:, None]).any(-1),
     )
+
+
+def _confidence(log_p_CV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return (C,) each: ln of the largest probability, and how far ln of the second is below it."""
+    if log_p_CV.shape[1] == 1:
+        return log_p_CV[:, 0], torch.full_like(log_p_CV[:, 0], torch.inf)
+    first_C, second_C = log_p_CV.topk(2).values.unbind(-1)
+    return first_C, first_C - second_C
 
 
 def set_overlap(ids_TN: torch.Tensor, other_TN: torch.Tensor) -> torch.Tensor:

@@ -1,87 +1,82 @@
-"""Thresholds to a verdict, and the one sentence that says it."""
+"""The results of the levels to a verdict, its reasons, and the one sentence that says it."""
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from enum import StrEnum
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from converters.compare import Outcome, StructureReport
+from converters.compare import StructureReport
 from converters.findings import Finding
-from converters.formats.inputs import FULL
-from runtime.verify.limits import Bound, Limits
+from runtime.verify.check import Check as Check
+from runtime.verify.check import Verdict as Verdict
+from runtime.verify.check import worst as worst
+from runtime.verify.further_checks import judge_engine, judge_text
+from runtime.verify.layer_checks import JUDGES, Divergence, Judged, Reason, first_divergence, is_wrong
+from runtime.verify.limits import Limits
+from runtime.verify.report_words import not_checked, sentences
+from runtime.verify.siblings import Outlier, expert_name, layer_outliers, tensor_outliers
 
 if TYPE_CHECKING:
     from converters.contents import ContentsReport
+    from converters.diagnosis.cause import Cause
     from converters.quant.certificate import Certificate
-    from runtime.verify.compare import LogitsComparison
-    from runtime.verify.summary import LogitSummary
+    from runtime.verify.engine_logprobs import EngineComparison
+    from runtime.verify.results import ModelComparison
+    from runtime.verify.routing import LayerRouting
+    from runtime.verify.text_level import TextReport
 
-
-class Verdict(StrEnum):
-    """What a level or a metric comes to, mildest first."""
-
-    PASS = "pass"
-    WARN = "warn"
-    FAIL = "fail"
-
-
-def worst(verdicts: Sequence[Verdict]) -> Verdict:
-    """Return the most severe verdict; PASS of none."""
-    return max(verdicts, key=list(Verdict).index, default=Verdict.PASS)
-
-
-@dataclass(frozen=True, slots=True)
-class Check:
-    """One metric held against its limit.
-
-    Attributes:
-        metric: what was measured, with its reduction.
-        value: in `unit`; None where nothing could be measured.
-        se: standard error in the same unit (block bootstrap over windows), None where there is none.
-        bound: limits in the same unit; None where any value but the expected one fails.
-        at_least: the value must not be below the bound, rather than not above it.
-    """
-
-    metric: str
-    value: float | None
-    unit: str
-    verdict: Verdict
-    se: float | None = None
-    bound: Bound | None = None
-    at_least: bool = False
-
-    @property
-    def expected(self) -> str:
-        """Return the limit in words."""
-        if self.bound is None:
-            return "0"
-        sign = ">=" if self.at_least else "<="
-        limits = dict.fromkeys((f"{self.bound.warn:.6g}", f"{self.bound.fail:.6g}"))
-        return f"{sign} {' / '.join(limits)}"
-
-    @property
-    def found(self) -> str:
-        """Return the value in words."""
-        if self.value is None:
-            return "nothing to measure"
-        error = "" if self.se is None else f" +- {self.se:.2g}"
-        return f"{self.value:.6g}{error} {self.unit}".rstrip()
+# reasons and causes that fit into the headline
+_IN_HEADLINE = 3
 
 
 @dataclass(frozen=True, slots=True)
 class Levels:
-    """The results of the levels; None for one that was not run."""
+    """The results of the levels; None for one that was not run.
+
+    Attributes:
+        structure: what the headers say.
+        contents: of the bytes level.
+        weights: of the weights level.
+        layers: of the levels that run both models: layers, routers, logits.
+        text: of the text level.
+        runtime: of the comparison with a serving engine.
+        routing: agreement of the free-running routers with a stored reference, which has no layers.
+    """
 
     structure: StructureReport | None = None
     contents: "ContentsReport | None" = None
     weights: "Certificate | None" = None
-    logits: "LogitsComparison | None" = None
+    layers: "ModelComparison | None" = None
+    text: "TextReport | None" = None
+    runtime: "EngineComparison | None" = None
+    routing: "tuple[LayerRouting, ...]" = ()
+
+    @property
+    def findings(self) -> Iterator[tuple[str, tuple[Finding, ...]]]:
+        """Yield the name and the findings of every level that gives findings and was run."""
+        found: Mapping[str, Any] = {"structure": self.structure, "bytes": self.contents, "weights": self.weights}
+        return ((name, tuple(level.findings)) for name, level in found.items() if level is not None)
 
 
 @dataclass(frozen=True, slots=True)
 class VerifyReport:
-    """A verification: what was compared, what came out, and what was not looked at."""
+    """A verification: what was compared, what came out, and what was not looked at.
+
+    Attributes:
+        source: folder, or the file of a stored reference.
+        candidate: folder.
+        scheme: kind of conversion, a key of PROFILES.
+        verdict: the worst of all checks.
+        reasons: why it is not a pass, one line each, failures first, then in the order of the levels.
+        checks: every metric that has a limit.
+        limits: what the models were held against; None where they were not run.
+        levels: all results.
+        not_checked: what nobody looked at.
+        outliers: layers, experts and tensors far above their siblings.
+        causes: what a diagnosis proved.
+        provenance: versions, digests, options and plan, ready for JSON.
+    """
 
     source: str
     candidate: str
@@ -92,6 +87,9 @@ class VerifyReport:
     limits: Limits | None
     levels: Levels
     not_checked: tuple[str, ...]
+    outliers: tuple[Outlier, ...] = ()
+    causes: "tuple[Cause, ...]" = ()
+    provenance: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def structure(self) -> StructureReport | None:
@@ -99,33 +97,60 @@ class VerifyReport:
         return self.levels.structure
 
     @property
-    def logits(self) -> "LogitsComparison | None":
-        """What the models say."""
-        return self.levels.logits
+    def models(self) -> "ModelComparison | None":
+        """What running both models found."""
+        return self.levels.layers
 
     @property
     def findings(self) -> tuple[Finding, ...]:
         """Findings of all levels, in their order."""
-        contents, weights = self.levels.contents, self.levels.weights
-        return (
-            *(self.structure.findings if self.structure else ()),
-            *(contents.findings if contents else ()),
-            *(weights.findings if weights else ()),
+        return tuple(finding for _, findings in self.levels.findings for finding in findings)
+
+    @property
+    def first_divergence(self) -> Divergence | None:
+        """The first half of a layer whose own error is out of its band."""
+        if self.models is None or self.limits is None:
+            return None
+        return first_divergence(self.models.layers, self.limits)
+
+    @property
+    def first_off(self) -> int | None:
+        """The layer of `first_divergence`."""
+        return None if self.first_divergence is None else self.first_divergence.layer
+
+    @property
+    def wrong_layers(self) -> tuple[int, ...]:
+        """The layers with a half, an expert or a router beyond its limit, or with NaN or Inf."""
+        if self.models is None or self.limits is None:
+            return ()
+        return tuple(layer.layer for layer in self.models.layers if is_wrong(layer, self.limits))
+
+    @property
+    def outlined(self) -> tuple[tuple[int, int], ...]:
+        """(layer, expert) of the experts that are beyond their limit or far above their siblings."""
+        subjects = {outlier.subject for outlier in self.outliers}
+        bar = math.inf if self.limits is None else self.limits.max_expert_error.fail
+        return tuple(
+            (layer.layer, expert.expert)
+            for layer in (self.models.layers if self.models else ())
+            for expert in layer.experts
+            if expert_name(layer, expert.expert) in subjects or not (expert.relative or 0.0) <= bar
         )
 
     @property
     def headline(self) -> str:
-        """Return the verdict and the sentence a reader wants."""
-        parts = list(self.reasons[:3])
-        if len(self.reasons) > len(parts):
-            parts.append(f"and {len(self.reasons) - len(parts)} more")
-        if self.structure is not None:
-            parts.append(_structure_words(self.structure))
-        if self.levels.weights is not None:
-            parts.append(_weights_words(self.levels.weights))
-        if self.logits is not None and self.logits.summary is not None:
-            parts.append(_logits_words(self.logits.summary))
-        return f"{self.verdict.upper()}: {self.scheme}: {'; '.join(parts)}; not checked: {', '.join(self.not_checked)}"
+        """Return the verdict and the sentence a reader wants: causes, reasons, what was found, what was not checked."""
+        parts = [str(cause) for cause in self.causes[:_IN_HEADLINE]]
+        parts += self.reasons[:_IN_HEADLINE]
+        if len(self.reasons) > _IN_HEADLINE:
+            parts.append(f"and {len(self.reasons) - _IN_HEADLINE} more")
+        parts += sentences(self.levels)
+        words = [f"{self.verdict.upper()}: {self.scheme}"]
+        if parts:
+            words.append(f": {'; '.join(parts)}")
+        if self.not_checked:
+            words.append(f"{';' if parts else ':'} not checked: {', '.join(self.not_checked)}")
+        return "".join(words)
 
     def to_json(self) -> dict[str, Any]:
         """Return the report as a mapping; values may be dataclasses, enums and tuples of such."""
@@ -135,16 +160,26 @@ class VerifyReport:
             "scheme",
             "verdict",
             "headline",
+            "causes",
             "reasons",
             "checks",
             "limits",
+            "outliers",
+            "first_divergence",
             "structure",
-            "logits",
             "not_checked",
+            "provenance",
         )
-        weights = self.levels.weights
-        found: dict[str, Any] = {name: getattr(self, name) for name in names}
-        return {**found, "bytes": self.levels.contents, "weights": weights and _weights_json(weights)}
+        levels = self.levels
+        return {
+            **{name: getattr(self, name) for name in names},
+            "bytes": levels.contents,
+            "weights": levels.weights and _weights_json(levels.weights),
+            **models_json(levels.layers),
+            "routing": levels.routing or None,
+            "text": levels.text,
+            "runtime": levels.runtime,
+        }
 
 
 def build_report(
@@ -152,116 +187,72 @@ def build_report(
     scheme: str,
     levels: Levels,
     limits: Limits | None = None,
+    provenance: Mapping[str, Any] | None = None,
 ) -> VerifyReport:
     """Judge the levels that were run.
 
     Args:
-        folders: source and candidate.
+        folders: source (or stored reference) and candidate.
         scheme: kind of conversion, a key of PROFILES.
         levels: their results.
-        limits: what the logits are held against, if they were compared.
+        limits: what the models are held against, if they were run.
+        provenance: see `VerifyReport`.
     """
-    checks = list(_finding_checks(levels))
-    reasons: list[tuple[Verdict, str]] = []
-    for level in (levels.structure, levels.contents, levels.weights):
-        reasons += [(Verdict(finding.severity), str(finding)) for finding in (level.findings if level else ())]
-    logits = levels.logits
-    if logits is not None:
-        assert limits is not None, scheme
-        logit_checks = list(_logit_checks(logits, limits))
-        checks += logit_checks
-        reasons += [
-            (check.verdict, f"{check.metric} {check.found}, expected {check.expected}")
-            for check in logit_checks
-            if check.verdict is not Verdict.PASS
-        ]
+    judged = [*_finding_checks(levels), *_model_checks(levels, limits)]
+    judged += [*judge_text(levels.text), *judge_engine(levels.runtime)]
+    outliers = _outliers(levels)
+    reasons = [reason for found in judged for reason in found.reasons]
+    reasons += [(Verdict.WARN, str(outlier)) for outlier in outliers]
+    verdicts = [found.check.verdict for found in judged]
     return VerifyReport(
         source=str(folders[0]),
         candidate=str(folders[1]),
         scheme=scheme,
-        verdict=worst([check.verdict for check in checks]),
+        verdict=worst([*verdicts, *([Verdict.WARN] if outliers else [])]),
         # "fail" sorts before "warn"
         reasons=tuple(text for _, text in sorted(reasons, key=lambda reason: reason[0])),
-        checks=tuple(checks),
+        checks=tuple(found.check for found in judged),
         limits=limits,
         levels=levels,
-        not_checked=tuple(_not_checked(scheme, levels)),
+        not_checked=tuple(not_checked(scheme, levels)),
+        outliers=outliers,
+        provenance=provenance or {},
     )
 
 
-def _finding_checks(levels: Levels) -> Iterator[Check]:
+def models_json(models: "ModelComparison | None") -> dict[str, Any]:
+    """Return the entries `layers`, `logits`, `mtp`, `floor` and `run` of a report; the single tokens are left out."""
+    if models is None:
+        return dict.fromkeys(("layers", "logits", "mtp", "floor", "run"))
+    run = {name: getattr(models, name) for name in ("protocol", "dtype", "device", "activations", "notes", "spent")}
+    tokens = models.tokens
+    logits = None if tokens is None else {"num_scored": len(tokens.scores), "summary": models.summary}
+    return {"layers": models.layers or None, "logits": logits, "mtp": models.mtp, "floor": models.floor, "run": run}
+
+
+def _finding_checks(levels: Levels) -> Iterator[Judged]:
     """Yield a check for each level that gives findings."""
-    for name, level in (("structure", levels.structure), ("bytes", levels.contents), ("weights", levels.weights)):
-        if level is not None:
-            verdict = worst([Verdict(finding.severity) for finding in level.findings])
-            yield Check(name, len(level.findings), "findings", verdict)
+    for name, findings in levels.findings:
+        reasons: tuple[Reason, ...] = tuple((Verdict(finding.severity), str(finding)) for finding in findings)
+        yield Judged(Check(name, len(findings), "findings", worst([verdict for verdict, _ in reasons])), reasons)
 
 
-def _logit_checks(logits: "LogitsComparison", limits: Limits) -> Iterator[Check]:
-    for found in logits.non_finite:
-        place = f"first at token {found.first_token}, window {found.first_window}"
-        yield Check(f"{found.model}: NaN or Inf logits", found.num_tokens, f"tokens, {place}", Verdict.FAIL)
-    summary = logits.summary
-    if summary is None:
-        yield Check("KL mean", None, "nats", Verdict.FAIL, bound=limits.max_kl)
+def _model_checks(levels: Levels, limits: Limits | None) -> Iterator[Judged]:
+    if levels.layers is None:
         return
-    kl, perplexity = summary.kl_nats.estimate, summary.perplexity
-    yield _judge("KL mean", kl.mean, "nats", kl.se, limits.max_kl)
-    yield _judge("top-1 agreement", summary.top1.mean, "", summary.top1.se, limits.min_top1, at_least=True)
-    yield _judge("perplexity ratio", perplexity.ratio, "", perplexity.ratio_se, limits.max_ppl_ratio)
+    assert limits is not None, "models were run without limits"
+    for judges in JUDGES:
+        yield from judges(levels.layers, limits)
 
 
-def _judge(metric: str, value: float, unit: str, se: float | None, bound: Bound, *, at_least: bool = False) -> Check:
-    def within(limit: float) -> bool:
-        # written so that NaN is never within
-        return value >= limit if at_least else value <= limit
-
-    verdict = Verdict.FAIL if not within(bound.fail) else Verdict.WARN if not within(bound.warn) else Verdict.PASS
-    return Check(metric, value, unit, verdict, se, bound, at_least)
-
-
-# of these, engines quantize the activations as well
-_QUANTIZED_INPUTS = frozenset({"fp8", "int8", "nvfp4", "int4"})
-
-
-def _not_checked(scheme: str, levels: Levels) -> Iterator[str]:
-    if levels.structure is None:
-        yield "structure"
-    if levels.contents is None or not levels.contents.record:
-        yield "bytes of the files"
-    if levels.weights is None:
-        yield "weights element by element"
-    if levels.logits is None:
-        yield "logits"
-    elif scheme in _QUANTIZED_INPUTS and levels.logits.activations == FULL:
-        yield "activations quantized at run time"
-    yield "outputs of the MTP layer"
-    yield "generated text"
-
-
-def _structure_words(structure: StructureReport) -> str:
-    counts = [f"{structure.outcomes[outcome]} {outcome}" for outcome in Outcome if structure.outcomes.get(outcome)]
-    return f"{sum(structure.outcomes.values())} source tensors: {', '.join(counts)}; MTP layer {structure.mtp}"
-
-
-def _weights_words(weights: "Certificate") -> str:
-    rounded = [summary for summary in weights.summaries if summary.largest_relative_error]
-    worst_error = max((summary.largest_relative_error for summary in rounded), default=0.0)
-    words = f"{len(weights.tensors)} tensors compared element by element"
-    return f"{words}, relative error at most {worst_error:.3g}" if rounded else words
+def _outliers(levels: Levels) -> tuple[Outlier, ...]:
+    return (
+        *(tensor_outliers(levels.weights) if levels.weights else ()),
+        *(layer_outliers(levels.layers.layers) if levels.layers else ()),
+    )
 
 
 def _weights_json(weights: "Certificate") -> dict[str, Any]:
     from converters.quant.report import certificate_json
 
     return certificate_json(weights, {})
-
-
-def _logits_words(summary: "LogitSummary") -> str:
-    kl, perplexity = summary.kl_nats.estimate, summary.perplexity
-    kl_error = "" if kl.se is None else f" +- {kl.se:.1g}"
-    ratio_error = "" if perplexity.ratio_se is None else f" +- {perplexity.ratio_se:.1g}"
-    return (
-        f"KL {kl.mean:.3g}{kl_error} nats, top-1 {summary.top1.mean:.2%}, "
-        f"PPL ratio {perplexity.ratio:.5f}{ratio_error} over {summary.num_tokens} tokens"
-    )

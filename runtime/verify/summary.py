@@ -1,12 +1,13 @@
 """Means with their uncertainty, percentiles and perplexities from per-token scores, all in fp64.
 
-Tokens of one window are correlated, so the standard error that counts is the block bootstrap over windows; the naive
-one, s / sqrt(n) over tokens, is given beside it because llama.cpp prints that.
+Tokens of one window are correlated, so the standard error that counts is the block bootstrap over windows, and so is
+the 95 % interval; the naive error, s / sqrt(n) over tokens, is given beside it because llama.cpp prints that.
 
 Shape suffixes: T tokens, W windows, B bootstrap draws.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,17 +15,30 @@ import torch
 from runtime.verify.metrics import TokenScores
 
 NUM_DRAWS = 1000
+# probability mass outside a confidence interval, half on each side
+_OUTSIDE = 0.05
+# the reference prefers its best token by more than this, so that rounding of 16-bit logits does not explain a change
+EXPLAINED_GAP_NATS = 0.125
+# lower ends of the classes of max p; the last class holds its upper end, 1
+_CONFIDENCES = (0.0, 0.25, 0.5, 0.75, 0.95)
 # with fewer tokens the 99.9th percentile is one of the few largest values, not a percentile
 MIN_TOKENS_P99_9 = 20_000
 
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """A mean and its standard errors; None where one window or one token leaves nothing to estimate from."""
+    """A mean and its uncertainty; None where one window or one token leaves nothing to estimate from.
+
+    Attributes:
+        se_block: standard deviation of the mean over resamplings of whole windows.
+        se_naive: s / sqrt(n) over tokens; the binomial error where the values are 0 and 1.
+        ci95: 2.5th and 97.5th percentile of the mean over the same resamplings.
+    """
 
     mean: float
     se_block: float | None
     se_naive: float | None
+    ci95: tuple[float, float] | None = None
 
     @property
     def se(self) -> float | None:
@@ -64,6 +78,33 @@ class PerplexitySummary:
     ratio: float
     ratio_se: float | None
 
+    @property
+    def ratio_ci95(self) -> tuple[float, float] | None:
+        """The interval of ln_ratio, exponentiated: percentiles keep their place under a monotonic function."""
+        interval = self.ln_ratio.ci95
+        return interval and (_exp(interval[0]), _exp(interval[1]))
+
+
+@dataclass(frozen=True, slots=True)
+class ConfidenceBucket:
+    """Tokens whose largest reference probability is in [low, high), or [low, 1] of the last bucket.
+
+    The top bucket shows damage where the reference is sure; the others mix in tokens that it left open.
+
+    Attributes:
+        num_tokens: tokens in the bucket; without any the means are None.
+        kl_mean: nats per token.
+        top1: share of tokens whose argmax is equal.
+        delta_p: mean change of the probability of the right token.
+    """
+
+    low: float
+    high: float
+    num_tokens: int
+    kl_mean: float | None
+    top1: float | None
+    delta_p: float | None
+
 
 @dataclass(frozen=True, slots=True)
 class LogitSummary:
@@ -77,6 +118,12 @@ class LogitSummary:
         delta_p_rms: root of the mean square of the same.
         logit_max_abs: largest |candidate - reference| over tokens and vocabulary.
         logit_rms: root of the mean over tokens and vocabulary of the squared difference.
+        top10_overlap: mean share of the reference's top 10 that is in the candidate's top 10.
+        unexplained_flips: tokens whose argmax differs although the reference prefers its own by more than
+            EXPLAINED_GAP_NATS.
+        delta_p_p1: 1st percentile of delta_p over tokens.
+        delta_p_p99: 99th percentile of the same.
+        buckets: by confidence of the reference, least sure first.
     """
 
     num_tokens: int
@@ -90,6 +137,11 @@ class LogitSummary:
     delta_p_rms: float
     logit_max_abs: float
     logit_rms: float
+    top10_overlap: Estimate
+    unexplained_flips: int
+    delta_p_p1: float
+    delta_p_p99: float
+    buckets: tuple[ConfidenceBucket, ...]
 
 
 def summarize(scores: TokenScores, window_ids_T: torch.Tensor, *, seed: int) -> LogitSummary | None:
@@ -108,6 +160,8 @@ def summarize(scores: TokenScores, window_ids_T: torch.Tensor, *, seed: int) -> 
     def estimate(values_T: torch.Tensor) -> Estimate:
         return estimate_mean(values_T, windows_T, seed=seed)
 
+    delta_p_p1, delta_p_p99 = percentiles(kept.delta_p, (0.01, 0.99))
+    flips_T = (kept.top1_same == 0) & (kept.gap_reference > EXPLAINED_GAP_NATS)
     return LogitSummary(
         num_tokens=len(kept),
         num_windows=windows_T.unique().numel(),
@@ -120,18 +174,51 @@ def summarize(scores: TokenScores, window_ids_T: torch.Tensor, *, seed: int) -> 
         delta_p_rms=math.sqrt(kept.delta_p.square().mean().item()),
         logit_max_abs=kept.logit_max_abs.max().item(),
         logit_rms=math.sqrt(kept.logit_mean_square.mean().item()),
+        top10_overlap=estimate(kept.top10_overlap),
+        unexplained_flips=int(flips_T.sum()),
+        delta_p_p1=delta_p_p1,
+        delta_p_p99=delta_p_p99,
+        buckets=confidence_buckets(kept),
     )
 
 
+def percentiles(values_T: torch.Tensor, shares: Sequence[float]) -> list[float]:
+    """Return percentiles of values (T,) fp64, interpolated linearly; T has no upper limit, unlike torch.quantile."""
+    ordered_T = values_T.sort().values
+    found = []
+    for share in shares:
+        place = share * (values_T.numel() - 1)
+        low = math.floor(place)
+        high = min(low + 1, values_T.numel() - 1)
+        found.append(torch.lerp(ordered_T[low], ordered_T[high], place - low).item())
+    return found
+
+
+def confidence_buckets(scores: TokenScores) -> tuple[ConfidenceBucket, ...]:
+    """Return KL, top-1 agreement and probability change by the reference's largest probability, of finite tokens."""
+    buckets = []
+    for low, high in zip(_CONFIDENCES, (*_CONFIDENCES[1:], 1.0), strict=True):
+        inside_T = (scores.max_p_reference >= low) & ((scores.max_p_reference < high) | (high == 1.0))
+        kept = scores.select(inside_T)
+        values = (kept.kl_nats, kept.top1_same, kept.delta_p)
+        means = [value.mean().item() if len(kept) else None for value in values]
+        buckets.append(ConfidenceBucket(low, high, len(kept), *means))
+    return tuple(buckets)
+
+
 def estimate_mean(values_T: torch.Tensor, window_ids_T: torch.Tensor, *, seed: int) -> Estimate:
-    """Return the mean of values (T,) over tokens with both standard errors, in the unit of the values."""
+    """Return the mean of values (T,) over tokens with its errors and interval, in the unit of the values."""
     count = values_T.numel()
     naive = None if count < 2 else values_T.std(correction=1).item() / math.sqrt(count)
-    return Estimate(values_T.mean().item(), block_bootstrap_se(values_T, window_ids_T, seed=seed), naive)
+    means_B = block_bootstrap_means(values_T, window_ids_T, seed=seed)
+    if means_B is None:
+        return Estimate(values_T.mean().item(), None, naive)
+    low, high = percentiles(means_B, (_OUTSIDE / 2, 1 - _OUTSIDE / 2))
+    return Estimate(values_T.mean().item(), means_B.std(correction=1).item(), naive, (low, high))
 
 
-def block_bootstrap_se(values_T: torch.Tensor, window_ids_T: torch.Tensor, *, seed: int) -> float | None:
-    """Return the standard deviation of the token mean over NUM_DRAWS resamplings of whole windows.
+def block_bootstrap_means(values_T: torch.Tensor, window_ids_T: torch.Tensor, *, seed: int) -> torch.Tensor | None:
+    """Return the token mean (B,) fp64 of NUM_DRAWS resamplings of whole windows.
 
     Each draw takes as many windows as there are, with replacement; its mean is the sum of their values by the number of
     their tokens. None with a single window.
@@ -148,12 +235,11 @@ def block_bootstrap_se(values_T: torch.Tensor, window_ids_T: torch.Tensor, *, se
     for draw in range(NUM_DRAWS):
         windows_W = torch.randint(num_windows, (num_windows,), generator=generator)
         means_B[draw] = sums_W[windows_W].sum() / counts_W[windows_W].sum()
-    return means_B.std(correction=1).item()
+    return means_B
 
 
 def _summarize_kl(kl_T: torch.Tensor, estimate: Estimate) -> KlSummary:
-    shares = torch.tensor([0.5, 0.9, 0.95, 0.99, 0.999], dtype=torch.float64)
-    median, p90, p95, p99, p99_9 = torch.quantile(kl_T, shares).tolist()
+    median, p90, p95, p99, p99_9 = percentiles(kl_T, (0.5, 0.9, 0.95, 0.99, 0.999))
     return KlSummary(
         estimate=estimate,
         median=median,

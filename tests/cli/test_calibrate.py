@@ -6,8 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from builders import small_checkpoint
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from builders import small_checkpoint, write_byte_tokenizer
 
 from converters.quant.stats import CalibrationStats
 from runtime.calibrate.layers import Stream
@@ -21,11 +20,7 @@ TEXT = "The quick brown fox jumps over the lazy dog. " * 5
 def checkpoint(tmp_path: Path) -> Path:
     """A small random checkpoint with a tokenizer of bytes."""
     folder = small_checkpoint(tmp_path / "checkpoint", vocab_size=256)
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    backend = Tokenizer(models.BPE({letter: rank for rank, letter in enumerate(letters)}, []))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    backend.decoder = decoders.ByteLevel()
-    backend.save(str(folder / "tokenizer.json"))
+    write_byte_tokenizer(folder)
     return folder
 
 

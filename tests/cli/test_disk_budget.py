@@ -46,7 +46,8 @@ def origin(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def files(origin: Path) -> dict[str, bytes]:
     found = {path.name: path.read_bytes() for path in sorted(origin.iterdir())}
     beside = {"empty.txt": b"", "assets/picture.png": b"1", "code.py": b"1", "weights.BIN": b"2", "old.bin": b"3"}
-    return {**found, **beside, "tokenizer.json": b"{}" * 5000}
+    card = b"---\nlicense: mit\n---\n# What it was made from\n"
+    return {**found, **beside, "README.md": card, "tokenizer.json": b"{}" * 5000}
 
 
 @pytest.fixture

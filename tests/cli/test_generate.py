@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from builders import random_tensors, small_config, write_checkpoint
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from builders import random_tensors, small_config, write_byte_tokenizer, write_checkpoint
 
 from converters.config import Glm4MoeConfig
 from converters.convert import ConvertOptions, plan_convert
@@ -45,11 +44,7 @@ def checkpoint(tmp_path: Path) -> Path:
     """A random model over bytes, with a chat template."""
     folder = tmp_path / "model"
     write_checkpoint(folder, random_tensors(expand(Glm4MoeConfig.from_hf(CONFIG))), CONFIG)
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    backend = Tokenizer(models.BPE({letter: rank for rank, letter in enumerate(letters)}, []))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    backend.decoder = decoders.ByteLevel()
-    backend.save(str(folder / "tokenizer.json"))
+    write_byte_tokenizer(folder)
     (folder / "chat_template.jinja").write_text(TEMPLATE)
     return folder
 

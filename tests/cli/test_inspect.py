@@ -213,10 +213,14 @@ def test_a_link_out_of_the_folder_exits_with_8(small: Path, program: Program, tm
         (["acme/model@../x"], "CKPT acme/model@../x: expected a folder, org/name"),
         (
             ["acme/model", "--check"],
-            "--check: expected a folder, for it reads all weights, found the hub id acme/model. "
-            "glm4moe download acme/model DST fetches it.",
+            "--check acme/model: expected a folder, or a hub id that is whole in the hub's cache: it reads all "
+            "weights, found neither. "
+            "Run 'glm4moe download acme/model FOLDER' first, then 'glm4moe inspect FOLDER --check'.",
         ),
-        (["acme/model@v1", "--hash"], "--hash: expected a folder, for it reads all weights"),
+        (
+            ["acme/model@v1", "--hash"],
+            "Run 'glm4moe download acme/model FOLDER --revision v1' first, then 'glm4moe inspect FOLDER --hash'.",
+        ),
     ],
 )
 def test_requests_that_make_no_sense(args: list[str], message: str, program: Program) -> None:

@@ -189,3 +189,20 @@ def test_name_that_no_repository_has_is_refused_before_anybody_is_asked(
     assert ended.exit_code == 2
     assert f"Error: REPO {repo!r}: expected org/name, as the hub spells it, found {repo!r}" in ended.stderr
     assert ("--revision" in ended.stderr) == ("@" in repo)
+
+
+@pytest.mark.parametrize("command", ["convert", "quantize", "shard", "download"])
+@pytest.mark.parametrize("place", ["/proc/glm4moe", "/proc/self/task/out/deep"])
+def test_dst_where_no_folder_can_be_made(
+    small: Path, program: Program, mode: tuple[str, ...], command: str, place: str
+) -> None:
+    """It was taken for a folder that another run had removed, with exit code 6."""
+    options = {"quantize": ("--scheme", "fp8"), "shard": ("--tp", "2")}.get(command, ())
+    src = REPO if command == "download" else str(small)
+    ended = program(command, src, place, *options, *mode)
+    assert (ended.exit_code, ended.stdout, ended.stderr) == (
+        2,
+        "",
+        f"Error: DST {place}: expected a folder on a disk, found a file system of type proc, in which none can be "
+        "made. Choose another folder.\n",
+    )

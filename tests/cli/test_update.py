@@ -212,7 +212,7 @@ def test_manifest_that_names_files_elsewhere_is_refused(small: Path, tmp_path: P
     assert (tmp_path / "victim").read_text() == "mine"
 
 
-@pytest.mark.parametrize("text", ["{}", '{"job": {}}', "[]", '{"schema": "glm4moe.manifest/1", "job": {}}'])
+@pytest.mark.parametrize("text", ["{}", '{"job": {}}', "[]", '{"schema": "glm4moe.manifest/2", "job": {}}'])
 def test_file_that_is_no_manifest_is_refused(small: Path, tmp_path: Path, text: str) -> None:
     dst = tmp_path / "dst"
     dst.mkdir()

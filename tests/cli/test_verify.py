@@ -70,10 +70,10 @@ def test_structure_of_a_copy_passes(program: Program, source: Path, copy: Path) 
     assert program("verify", str(copy), "--against", str(source), "--level", "structure") == Ended(
         0,
         f"PASS: identity: {COUNT} source tensors: {COUNT} same; MTP layer present; "
-        "not checked: bytes of the files, weights element by element, logits, outputs of the MTP layer, "
-        "generated text\n"
-        "metric\treference\tcandidate\tvalue\tthreshold\tverdict\n"
-        "structure\t\t\t0 findings\t0\tpass\n",
+        "not checked: bytes of the files, weights element by element, layers and routers, logits, outputs of the MTP "
+        "layer, generated text, serving engines\n"
+        "metric\treference\tcandidate\tvalue\t95 % interval\tfloor\tthreshold\tverdict\n"
+        "structure\t\t\t0 findings\t\t\t0\tpass\n",
         "",
     )
 
@@ -83,7 +83,8 @@ def test_missing_tensor_fails_with_exit_code_3(program: Program, source: Path, t
     finding = f"candidate: tensor {UP}: expected BF16 or F16 or F32 [24, 48], found nothing"
     ended = program("verify", str(broken), "--against", str(source), "--level", "structure")
     assert ended.exit_code == 3
-    assert ended.stdout.splitlines()[0].startswith(f"FAIL: identity: {finding}; {COUNT} source tensors")
+    assert ended.stdout.splitlines()[0].startswith(f"FAIL: identity: {UP}: ")
+    assert f"; {finding}; {COUNT} source tensors" in ended.stdout.splitlines()[0]
     assert "fail\tcandidate: tensor " + UP in ended.stdout
     assert ended.stderr == f"Error: {broken} is not what {source} was: found {finding}\n"
 
@@ -111,10 +112,14 @@ def test_logits_of_a_copy_are_equal(program: Program, source: Path, copy: Path, 
     assert result["verdict"] == "pass"
     assert logits["kl_nats"]["max"] == 0.0
     assert (logits["num_tokens"], logits["num_windows"]) == (177, 3)
-    assert result["limits"]["max_kl"] == {"warn": 0.0, "fail": 0.0}
-    assert [row["overlap"] for row in result["logits"]["routing"]] == [1.0, 1.0]
-    assert document["bytes"].keys() == {"weights", "verify"}
-    assert document["bytes"]["verify"] == 180
+    assert result["limits"]["max_kl"] == {"warn": 0.0, "fail": 0.0, "floors": None}
+    assert [row["attention"]["relative"] for row in result["layers"]] == [0.0] * 4
+    assert [row["router"] and row["router"]["overlap"] for row in result["layers"]] == [None, 1.0, 1.0, 1.0]
+    assert result["layers"][3]["is_mtp"]
+    assert result["floor"]["kl_mean"] > 0
+    assert result["provenance"]["plan"]["peak_bytes"] > 0
+    assert document["bytes"].keys() == {"weights", "models"}
+    assert document["bytes"]["models"] == result["provenance"]["plan"]["read_bytes"]
 
 
 def test_tables_for_people_hold_metrics_routing_and_protocol(
@@ -138,11 +143,15 @@ def test_tables_for_people_hold_metrics_routing_and_protocol(
     )
     lines = ended.stdout.splitlines()
     assert ended.exit_code == 0
-    assert lines[0].startswith("PASS: identity: KL 0 +- 0 nats, top-1 100.00%, PPL ratio 1.00000 +- 0 over 99 tokens; ")
-    assert "KL mean\t\t\t0 +- 0 (naive 0) nats\t<= 0\tpass" in lines
-    assert "layer\ttokens\texpert overlap\ttokens with another expert set" in lines
-    assert "1\t99\t100.00%\t0.00%" in lines
-    assert lines[-3].startswith("text\tfirst 100 of 180 tokens, no prefix tokens, 3 windows of at most 64, stride 32; ")
+    protocol = "first 100 of 180 tokens, no prefix tokens, 3 windows of at most 64, stride 32; "
+    plan = ended.stderr.splitlines()
+    assert plan[0].startswith(f"tokens: {protocol}")
+    assert plan[2].startswith("memory: ")
+    assert lines[0].startswith("PASS: identity: KL 0 +- 0 nats (floor ")
+    assert "top-1 100.00%, PPL ratio 1.00000 +- 0 over 99 tokens; MTP KL 0, acceptance " in lines[0]
+    (row,) = (line.split("\t") for line in lines if line.startswith("KL mean"))
+    assert (row[3], row[4], row[6], row[7]) == ("0 +- 0 (naive 0) nats", "0 to 0", "<= 0", "pass")
+    assert lines[-2].startswith(f"tokens\t{protocol}")
 
 
 def test_other_logits_fail_and_name_the_limits(program: Program, source: Path, tmp_path: Path, text: Path) -> None:
@@ -179,7 +188,7 @@ def test_wrong_structure_keeps_the_models_from_being_loaded(
     ended = program("verify", str(broken), "--against", str(source), "--text", str(text), "--json")
     document = json.loads(ended.stdout)
     assert ended.exit_code == 3
-    assert document["warnings"] == ["The structure is wrong; bytes, weights, logits were not compared."]
+    assert document["warnings"] == ["The structure is wrong; bytes, weights, layers, logits were not compared."]
     assert "logits" in document["result"]["not_checked"]
 
 
@@ -216,38 +225,85 @@ def test_quiet_leaves_the_verdict(program: Program, source: Path, copy: Path) ->
         ("--max-kl", "1"),
         ("--min-top1", "0.5"),
         ("--max-ppl-ratio", "2"),
+        ("--max-layer-error", "2"),
+        ("--no-floor",),
+        ("--deterministic",),
         ("--device", "cpu"),
     ],
 )
-def test_option_of_the_logits_level_is_refused_without_it(
-    program: Program, source: Path, copy: Path, option: tuple[str, str]
+def test_option_of_levels_that_run_models_is_refused_without_them(
+    program: Program, source: Path, copy: Path, option: tuple[str, ...]
 ) -> None:
-    assert program("verify", str(copy), "--against", str(source), *option) == Ended(
-        2,
-        "",
-        f"Error: {option[0]}: expected --level logits or all, found no --text, and so no logits. "
-        "It would be ignored.\n",
-    )
-    call = ("verify", str(copy), "--against", str(source), "--level", "weights", *option)
-    assert program(*call).stderr.startswith(
-        f"Error: {option[0]}: expected --level logits or all, found --level weights."
-    )
+    for level in ((), ("--level", "weights")):
+        ended = program("verify", str(copy), "--against", str(source), *level, *option)
+        assert (ended.exit_code, ended.stdout) == (2, "")
+        name = option[0].replace("--no-floor", "--floor")
+        assert ended.stderr.startswith(f"Error: {name}: expected --level ")
+        found = "--level weights" if level else "no --text, and so no logits"
+        assert ended.stderr.endswith(f" or all, found {found}. It would be ignored.\n")
 
 
 def test_text_is_refused_at_the_structure_level(program: Program, source: Path, copy: Path, text: Path) -> None:
     ended = program("verify", str(copy), "--against", str(source), "--level", "structure", "--text", str(text))
     assert ended.exit_code == 2
-    assert ended.stderr.startswith("Error: --text: expected --level logits or all, found --level structure.")
-
-
-@pytest.mark.parametrize("level", ["logits", "all"])
-def test_logits_level_without_text_says_what_to_give(program: Program, source: Path, copy: Path, level: str) -> None:
-    assert program("verify", str(copy), "--against", str(source), "--level", level) == Ended(
-        2,
-        "",
-        f"Error: --level {level}: expected --text FILE to run both models on, found none. "
-        "A UTF-8 text of a few thousand words of the kind the model will see is best.\n",
+    assert ended.stderr.startswith(
+        "Error: --text: expected --level layers or logits or runtime or all, found --level structure."
     )
+
+
+def test_models_without_a_text_run_on_the_built_in_corpus(program: Program, source: Path, copy: Path) -> None:
+    call = ("verify", str(copy), "--against", str(source), "--level", "layers", "--num-tokens", "40", "--json")
+    result = json.loads(program(*call).stdout)["result"]
+    assert result["verdict"] == "pass"
+    assert "built-in corpus" in result["run"]["protocol"]
+    assert (len(result["layers"]), result["logits"]) == (4, None)
+
+
+def test_two_kinds_of_tokens_are_refused(program: Program, source: Path, copy: Path, text: Path) -> None:
+    call = ("verify", str(copy), "--against", str(source), "--text", str(text), "--tokens", str(text))
+    assert program(*call) == Ended(2, "", "Error: --tokens: expected no --text beside it, found both\n")
+
+
+def test_tokens_are_run_as_they_are(program: Program, source: Path, copy: Path, tmp_path: Path) -> None:
+    (tmp_path / "ids.json").write_text("[[1, 2, 3, 4], [5, 6, 7]]")
+    call = ("verify", str(copy), "--against", str(source), "--tokens", str(tmp_path / "ids.json"), "--json")
+    result = json.loads(program(*call).stdout)["result"]
+    assert (result["verdict"], result["logits"]["num_scored"]) == ("pass", 5)
+
+
+def test_layer_limit_is_the_users(program: Program, source: Path, tmp_path: Path, text: Path) -> None:
+    changed = write(tmp_path / "changed", lambda tensors: tensors.update({f"{UP}": tensors[UP] * 1.5}))
+    call = ("verify", str(changed), "--against", str(source), "--level", "layers", "--text", str(text), "--json")
+    ended = program(*call, "--num-tokens", "64")
+    result = json.loads(ended.stdout)["result"]
+    assert (ended.exit_code, result["first_divergence"]["layer"]) == (3, 1)
+    assert any(reason.startswith("layer 1 expert 2: relative error ") for reason in result["reasons"])
+    lenient = json.loads(program(*call, "--num-tokens", "64", "--max-layer-error", "10").stdout)["result"]
+    checks = {check["metric"]: check["verdict"] for check in lenient["checks"]}
+    assert checks["MLP and MoE error, worst layer"] == "pass"
+
+
+@pytest.mark.parametrize(
+    ("level", "levels"),
+    [
+        ("quick", ["structure"]),
+        ("standard", ["structure", "weights"]),
+        ("full", ["structure", "weights", "layers", "logits"]),
+    ],
+)
+def test_groups_run_their_levels(program: Program, source: Path, copy: Path, level: str, levels: list[str]) -> None:
+    models = ("--num-tokens", "40") if level == "full" else ()
+    call = ("verify", str(copy), "--against", str(source), "--level", level, *models, "--json")
+    result = json.loads(program(*call).stdout)["result"]
+    assert [name for name in ("structure", "weights", "layers", "logits") if result[name] is not None] == levels
+    assert result["bytes"]["record"] == ""
+
+
+@pytest.mark.parametrize("level", ["release", "runtime"])
+def test_an_engine_is_asked_for_where_there_must_be_one(program: Program, source: Path, copy: Path, level: str) -> None:
+    ended = program("verify", str(copy), "--against", str(source), "--level", level)
+    assert ended.exit_code == 2
+    assert ended.stderr.startswith(f"Error: --level {level}: expected --engine-logprobs FILE|URL beside it")
 
 
 def test_text_that_is_not_utf8_is_refused(program: Program, source: Path, copy: Path, text: Path) -> None:
@@ -267,10 +323,45 @@ def test_empty_text_is_refused(program: Program, source: Path, copy: Path, text:
     )
 
 
-def test_against_is_required(program: Program, copy: Path) -> None:
-    ended = program("verify", str(copy))
+@pytest.mark.parametrize("level", [(), ("--level", "weights")])
+def test_a_source_is_required(program: Program, copy: Path, level: tuple[str, ...]) -> None:
+    ended = program("verify", str(copy), *level)
     assert ended.exit_code == 2
-    assert "Missing option '--against'" in ended.stderr
+    assert ended.stderr.startswith("Error: --against: expected SRC, ")
+
+
+def test_reference_stands_for_the_source(
+    program: Program, source: Path, copy: Path, tmp_path: Path, text: Path
+) -> None:
+    kept = tmp_path / "kept.safetensors"
+    saved = program("verify", str(source), "--save-reference", str(kept), "--text", str(text), "--num-tokens", "64")
+    assert (saved.exit_code, kept.is_file()) == (0, True)
+    ended = program("verify", str(copy), "--reference", str(kept), "--json")
+    result = json.loads(ended.stdout)["result"]
+    assert (ended.exit_code, result["verdict"], result["source"]) == (0, "pass", str(kept))
+    assert result["logits"]["summary"]["num_tokens"] == 63
+    assert [row["overlap"] for row in result["routing"]] == [1.0, 1.0]
+    assert result["structure"] is None
+    changed = write(tmp_path / "changed", lambda tensors: tensors.update({UP: tensors[UP] * 9}))
+    assert program("verify", str(changed), "--reference", str(kept)).exit_code == 3
+
+
+@pytest.mark.parametrize("option", [("--text", "f"), ("--num-tokens", "9"), ("--stride", "9"), ("--no-floor",)])
+def test_reference_has_its_own_tokens(
+    program: Program, source: Path, copy: Path, tmp_path: Path, option: tuple[str, ...]
+) -> None:
+    kept = tmp_path / "f"
+    kept.write_text("no reference; the options are looked at first")
+    given = (option[0], str(kept)) if option[0] == "--text" else option
+    ended = program("verify", str(copy), "--reference", str(kept), *given)
+    assert ended.exit_code == 2
+    assert "expected no --reference beside it, which has its own, found both" in ended.stderr
+
+
+def test_saving_alone_refuses_what_compares(program: Program, source: Path, tmp_path: Path) -> None:
+    call = ("verify", str(source), "--save-reference", str(tmp_path / "kept.safetensors"))
+    ended = program(*call, "--max-kl", "1")
+    assert (ended.exit_code, "--max-kl: expected --against SRC" in ended.stderr) == (2, True)
 
 
 def test_structure_level_imports_no_torch(source: Path, copy: Path) -> None:

@@ -25,16 +25,16 @@ def test_as_served_rounds_the_inputs_of_layers_whose_config_says_so(
     unchecked = "activations quantized at run time"
     assert (unchecked in full["not_checked"]) is differs
     assert unchecked not in served["not_checked"]
-    assert [report["logits"]["activations"] for report in (full, served)] == ["full", "as-served"]
+    assert [report["run"]["activations"] for report in (full, served)] == ["full", "as-served"]
 
 
 def test_the_protocol_says_so(tiny: Path, held_out: Path, program: Callable) -> None:
     text = ("--against", str(tiny), "--text", str(held_out), "--num-tokens", "50", "--level", "logits")
     done = program("verify", str(tiny), *text, "--activations", "as-served")
-    assert "compute\tfloat32, activations as-served" in done.stdout.splitlines()
+    assert "compute\tfloat32 on cpu, activations as-served" in done.stdout.splitlines()
 
 
 def test_activations_without_a_text_are_refused(tiny: Path, program: Callable) -> None:
     done = program("verify", str(tiny), "--against", str(tiny), "--activations", "full")
     assert done.exit_code == 2
-    assert "--activations: expected --level logits or all" in done.stderr
+    assert "--activations: expected --level layers or logits or runtime or all" in done.stderr

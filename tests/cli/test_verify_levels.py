@@ -13,7 +13,6 @@ from safetensors.torch import save_file
 
 from converters.job import run
 from converters.pipeline import RunOptions
-from converters.quant.report import read_report
 from converters.quantize import QuantizeOptions, plan_quantize
 from converters.schema import Role
 from converters.source import open_source
@@ -52,7 +51,13 @@ def test_levels_up_to_weights_are_the_default(program: Program, result: tuple[Pa
     schemes = {row["scheme"]: row for row in found["weights"]["schemes"]}
     assert 0.08 < schemes["nvfp4"]["mean_relative_error"] < 0.11
     assert len(found["weights"]["worst"]) == 10
-    assert found["not_checked"] == ["logits", "outputs of the MTP layer", "generated text"]
+    assert found["not_checked"] == [
+        "layers and routers",
+        "logits",
+        "outputs of the MTP layer",
+        "generated text",
+        "serving engines",
+    ]
 
 
 def flip(path: Path, name: str, byte: int, bit: int = 1) -> None:
@@ -132,29 +137,34 @@ def test_tables_show_formats_and_the_worst_tensors(program: Program, result: tup
     assert errors == sorted(errors, reverse=True)
 
 
-@pytest.mark.parametrize("name", ["report.json", "folder"])
 def test_report_lists_every_tensor_and_is_the_same_every_time(
-    program: Program, result: tuple[Path, Path], tmp_path: Path, name: str
+    program: Program, result: tuple[Path, Path], tmp_path: Path
 ) -> None:
-    path = tmp_path / name
-    call = ("verify", str(result[1]), "--against", str(result[0]), "--level", "weights", "--report", str(path))
-    assert program(*call, "--workers", "1").exit_code == 0
-    file = path if name.endswith(".json") else path / "weights.json"
-    first = file.read_bytes()
-    assert program(*call, "--workers", "3").exit_code == 0
-    assert file.read_bytes() == first
-    report = read_report(path)
-    figures = {row["tensor"]: row for row in report["tensors"]}
+    path, folder = tmp_path / "kept.json", tmp_path / "folder"
+    call = ("verify", str(result[1]), "--against", str(result[0]), "--level", "weights", "--report")
+    assert program(*call, str(path), "--workers", "1").exit_code == 0
+    first = path.read_bytes()
+    assert program(*call, str(path), "--workers", "3").exit_code == 0
+    assert path.read_bytes() == first
+    report = json.loads(first)
+    figures = {row["tensor"]: row for row in report["weights"]["tensors"]}
     assert set(figures) == set(SCHEMA.tensors)
     row = figures[f"{UP}.weight"]
     assert row["outside"] == row["wrong_scales"] == 0
     assert row["sqnr_db"] == pytest.approx(21.7, abs=0.5)
     assert 0.01 < row["clipped"] < 0.06
     assert (report["source"], report["candidate"]) == (str(result[0]), str(result[1]))
+    assert len(report["provenance"]["digests"]["source"]) == 64
+    assert program(*call, str(folder)).exit_code == 0
+    assert len((folder / "tensors.csv").read_text().splitlines()) == 1 + COUNT
+    assert {"report.html", "report.json", "report.md"} <= {file.name for file in folder.iterdir()}
 
 
-def test_report_is_refused_where_weights_are_not_compared(program: Program, result: tuple[Path, Path]) -> None:
-    call = ("verify", str(result[1]), "--against", str(result[0]), "--level", "structure", "--report", "x.json")
-    assert program(*call).stderr == (
-        "Error: --report: expected --level weights or all, found --level structure. It would be ignored.\n"
-    )
+@pytest.mark.parametrize("name", ["report.pdf", "report.csv"])
+def test_report_of_another_kind_is_refused_before_anything_is_read(
+    program: Program, result: tuple[Path, Path], tmp_path: Path, name: str
+) -> None:
+    call = ("verify", str(result[1]), "--against", str(result[0]), "--report", str(tmp_path / name))
+    ended = program(*call)
+    assert (ended.exit_code, ended.stdout) == (2, "")
+    assert ended.stderr.startswith(f"Error: --report {tmp_path / name}: expected FILE.json, FILE.html, FILE.md")

@@ -79,6 +79,23 @@ def test_top_five_of_a_smaller_vocabulary_is_the_whole_of_it() -> None:
     assert score_tokens(logits(P), logits(Q), torch.tensor([0])).top5_overlap.item() == 1.0
 
 
+def test_top_ten_counts_ten() -> None:
+    reference = torch.arange(12.0, 0.0, -1.0)[None]
+    candidate = reference.clone()
+    # ranks 1 and 12 exchanged: 4 of 5, and 9 of 10, are still there
+    candidate[0, [0, 11]] = candidate[0, [11, 0]]
+    scores = score_tokens(reference, candidate, torch.tensor([0]))
+    assert (scores.top5_overlap.item(), scores.top10_overlap.item()) == (pytest.approx(0.8), pytest.approx(0.9))
+    assert score_tokens(logits(P), logits(Q), torch.tensor([0])).top10_overlap.item() == 1.0
+
+
+def test_confidence_is_the_references_own() -> None:
+    scores = score_tokens(logits(P, P), logits(Q, [0.9, 0.05, 0.05]), torch.tensor([0, 0]))
+    assert scores.max_p_reference.tolist() == pytest.approx([0.5, 0.5], abs=1e-7)
+    assert scores.gap_reference.tolist() == pytest.approx([math.log(2)] * 2, abs=1e-6)
+    assert score_tokens(torch.zeros(1, 1), torch.zeros(1, 1), torch.tensor([0])).gap_reference.item() == math.inf
+
+
 def test_set_overlap_ignores_order() -> None:
     ids, other = torch.tensor([[1, 2, 3, 4], [1, 2, 3, 4]]), torch.tensor([[4, 3, 2, 1], [5, 1, 6, 2]])
     assert set_overlap(ids, other).tolist() == [1.0, 0.5]

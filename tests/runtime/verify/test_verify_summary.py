@@ -6,7 +6,15 @@ import pytest
 import torch
 
 from runtime.verify.metrics import TokenScores, score_tokens
-from runtime.verify.summary import MIN_TOKENS_P99_9, block_bootstrap_se, estimate_mean, summarize
+from runtime.verify.summary import (
+    MIN_TOKENS_P99_9,
+    ConfidenceBucket,
+    block_bootstrap_means,
+    confidence_buckets,
+    estimate_mean,
+    percentiles,
+    summarize,
+)
 
 
 def scores_of(
@@ -17,7 +25,7 @@ def scores_of(
     reference = torch.tensor(nll_reference or [0.0] * count, dtype=torch.float64)
     candidate = torch.tensor(nll_candidate or [0.0] * count, dtype=torch.float64)
     kl_T = torch.tensor(kl, dtype=torch.float64)
-    return TokenScores(kl_T, reference, candidate, zeros, zeros, zeros, zeros, zeros, zeros, true, true)
+    return TokenScores(kl_T, reference, candidate, *[zeros] * 6, true, true, *[zeros] * 3)
 
 
 def windows(*counts: int) -> torch.Tensor:
@@ -32,8 +40,9 @@ def test_naive_error_is_sample_deviation_over_root_of_count() -> None:
 
 def test_block_bootstrap_is_a_function_of_its_seed() -> None:
     values, blocks = torch.randn(60, generator=torch.Generator().manual_seed(1)), windows(20, 20, 20)
-    assert block_bootstrap_se(values, blocks, seed=7) == block_bootstrap_se(values, blocks, seed=7)
-    assert block_bootstrap_se(values, blocks, seed=7) != block_bootstrap_se(values, blocks, seed=8)
+    same = [estimate_mean(values, blocks, seed=7) for _ in range(2)]
+    assert same[0] == same[1]
+    assert same[0].se_block != estimate_mean(values, blocks, seed=8).se_block
 
 
 def test_block_bootstrap_sees_correlation_that_the_naive_error_misses() -> None:
@@ -47,12 +56,31 @@ def test_block_bootstrap_sees_correlation_that_the_naive_error_misses() -> None:
 
 def test_block_bootstrap_weighs_windows_by_their_tokens() -> None:
     """Equal values have no spread however unequal the windows are; a mean of window means would agree only by luck."""
-    assert block_bootstrap_se(torch.full((9,), 0.3), windows(1, 2, 6), seed=0) == pytest.approx(0.0, abs=1e-12)
+    estimate = estimate_mean(torch.full((9,), 0.3, dtype=torch.float64), windows(1, 2, 6), seed=0)
+    assert estimate.se_block == pytest.approx(0.0, abs=1e-12)
+    assert estimate.ci95 == pytest.approx((0.3, 0.3))
+
+
+def test_interval_holds_the_middle_95_percent_of_resampled_means() -> None:
+    """Two windows of one token, 0 and 1: the mean is 0, 1/2 or 1 with chances 1/4, 1/2, 1/4."""
+    means = block_bootstrap_means(torch.tensor([0.0, 1.0]), windows(1, 1), seed=0)
+    assert means is not None
+    assert set(means.tolist()) == {0.0, 0.5, 1.0}
+    assert (means == 0.5).double().mean().item() == pytest.approx(0.5, abs=0.06)
+    assert estimate_mean(torch.tensor([0.0, 1.0]), windows(1, 1), seed=0).ci95 == (0.0, 1.0)
+
+
+def test_interval_of_many_windows_is_near_the_normal_one() -> None:
+    values = torch.randn(400, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    found = estimate_mean(values, torch.arange(400), seed=1)
+    assert found.ci95 is not None
+    assert found.ci95[0] == pytest.approx(found.mean - 1.96 / 20, abs=0.02)
+    assert found.ci95[1] == pytest.approx(found.mean + 1.96 / 20, abs=0.02)
 
 
 def test_one_window_has_no_block_error_and_falls_back_to_the_naive_one() -> None:
     estimate = estimate_mean(torch.tensor([1.0, 3.0]), windows(2), seed=0)
-    assert estimate.se_block is None
+    assert estimate.se_block is estimate.ci95 is None
     assert estimate.se == estimate.se_naive == pytest.approx(1.0)
 
 
@@ -138,3 +166,59 @@ def test_window_by_window_equals_one_shot() -> None:
     ]
     streamed = summarize(TokenScores.cat(parts), blocks, seed=5)
     assert streamed == summarize(score_tokens(reference, candidate, ids), blocks, seed=5)
+
+
+def test_percentiles_equal_those_of_torch() -> None:
+    values = torch.randn(57, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    shares = (0.0, 0.01, 0.5, 0.975, 1.0)
+    expected = torch.quantile(values, torch.tensor(shares, dtype=torch.float64)).tolist()
+    assert percentiles(values, shares) == pytest.approx(expected, rel=1e-12)
+    assert percentiles(torch.tensor([3.0]), (0.01, 0.99)) == [3.0, 3.0]
+
+
+def probabilities(*rows: list[float]) -> torch.Tensor:
+    return torch.tensor(rows, dtype=torch.float64).log().float()
+
+
+def test_flip_is_unexplained_where_the_reference_was_sure() -> None:
+    """ln(0.6 / 0.4) = 0.405 nats is a choice, ln(0.52 / 0.48) = 0.080 nats is not."""
+    reference = probabilities([0.6, 0.4], [0.52, 0.48], [0.6, 0.4])
+    candidate = probabilities([0.4, 0.6], [0.48, 0.52], [0.55, 0.45])
+    summary = summarize(score_tokens(reference, candidate, torch.tensor([0, 0, 0])), windows(3), seed=0)
+    assert summary is not None
+    assert summary.top1.mean == pytest.approx(1 / 3)
+    assert summary.unexplained_flips == 1
+
+
+def test_percentiles_of_the_probability_change() -> None:
+    """Changes -0.2, -0.12 and -0.05: the 1st percentile is 2 % of the way from the least to the next."""
+    reference = probabilities([0.6, 0.4], [0.52, 0.48], [0.6, 0.4])
+    candidate = probabilities([0.4, 0.6], [0.4, 0.6], [0.55, 0.45])
+    summary = summarize(score_tokens(reference, candidate, torch.tensor([0, 0, 0])), windows(3), seed=0)
+    assert summary is not None
+    assert summary.delta_p_p1 == pytest.approx(-0.2 + 0.02 * 0.08, abs=1e-6)
+    assert summary.delta_p_p99 == pytest.approx(-0.05 - 0.02 * 0.07, abs=1e-6)
+
+
+def test_buckets_by_confidence_of_the_reference() -> None:
+    """Largest probabilities 0.6, 0.8 and exactly 1: the third, fourth and last bucket, which holds its upper end."""
+    reference = torch.stack([*probabilities([0.6, 0.4], [0.8, 0.2]), torch.tensor([200.0, 0.0])])
+    candidate = torch.stack([*probabilities([0.4, 0.6], [0.8, 0.2]), torch.tensor([200.0, 0.0])])
+    found = confidence_buckets(score_tokens(reference, candidate, torch.tensor([0, 1, 0])))
+    kl = 0.6 * math.log(0.6 / 0.4) + 0.4 * math.log(0.4 / 0.6)
+    near = pytest.approx
+    assert found == (
+        ConfidenceBucket(0.0, 0.25, 0, None, None, None),
+        ConfidenceBucket(0.25, 0.5, 0, None, None, None),
+        ConfidenceBucket(0.5, 0.75, 1, near(kl, abs=1e-6), 0.0, near(-0.2, abs=1e-6)),
+        ConfidenceBucket(0.75, 0.95, 1, 0.0, 1.0, 0.0),
+        ConfidenceBucket(0.95, 1.0, 1, 0.0, 1.0, 0.0),
+    )
+
+
+def test_interval_of_the_ratio_is_that_of_its_logarithm() -> None:
+    scores = scores_of([0.0] * 3, [1.0] * 3, [1.1, 1.2, 1.3])
+    summary = summarize(scores, windows(1, 1, 1), seed=0)
+    assert summary is not None
+    low, high = summary.perplexity.ln_ratio.ci95
+    assert summary.perplexity.ratio_ci95 == pytest.approx((math.exp(low), math.exp(high)))

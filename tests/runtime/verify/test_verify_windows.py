@@ -1,11 +1,13 @@
 """Which tokens are scored: each once, whatever the window and stride."""
 
+from itertools import accumulate
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from converters.errors import UsageError
-from runtime.verify.windows import WindowPlan, plan_windows
+from runtime.verify.windows import WindowPlan, plan_texts, plan_windows
 
 
 def scored(plan: WindowPlan) -> list[int]:
@@ -84,3 +86,70 @@ def test_every_token_is_scored_at_most_once_and_as_promised(
         assert window.end - window.begin <= context_length
         assert window.logit_rows.start >= 0
         assert window.num_scored == window.logit_rows.stop - window.logit_rows.start > 0
+
+
+def test_no_window_spans_two_texts() -> None:
+    plan, spans = plan_texts([5, 1, 6], context_length=4)
+    assert [(window.begin, window.first_scored, window.end) for window in plan.windows] == [
+        (0, 1, 4),
+        (6, 7, 10),
+        (10, 11, 12),
+    ]
+    assert [window.index for window in plan.windows] == [0, 1, 2]
+    assert spans == (range(12),)
+    assert plan.protocol.startswith("12 of 12 tokens of 3 texts, no prefix tokens, 3 windows")
+
+
+def test_overlapping_windows_stay_in_their_text() -> None:
+    plan, _ = plan_texts([5, 4], context_length=4, stride=2)
+    assert scored(plan) == [1, 2, 3, 4, 6, 7, 8]
+    assert "every token but the first of each text, once" in plan.protocol
+
+
+def test_one_text_of_several_is_a_text() -> None:
+    plan, spans = plan_texts([10], context_length=4, num_tokens=6, seed=3)
+    assert plan == plan_windows(10, context_length=4, num_tokens=6)
+    assert spans == (range(6),)
+
+
+def test_texts_take_turns_where_windows_are_drawn() -> None:
+    plan, spans = plan_texts([40, 40, 40], context_length=4, num_tokens=14, seed=1)
+    # three whole windows, one of each text, and two tokens of the first
+    assert sorted(span.start // 40 for span in spans) == [0, 0, 1, 2]
+    assert sorted(map(len, spans)) == [2, 4, 4, 4]
+    assert plan.windows[0].begin == 0
+    assert plan.windows[-1].end == plan.num_tokens == 14
+    assert "14 of 120 tokens of 3 texts, windows drawn from each text in turn with seed 1" in plan.protocol
+
+
+def test_the_seed_decides_which_windows_are_drawn() -> None:
+    def spans(seed: int) -> tuple[range, ...]:
+        return plan_texts([400, 400], context_length=4, num_tokens=40, seed=seed)[1]
+
+    assert spans(0) == spans(0)
+    assert spans(0) != spans(1)
+
+
+def test_overlapping_windows_are_not_drawn() -> None:
+    with pytest.raises(UsageError) as caught:
+        plan_texts([40, 40], context_length=4, stride=2, num_tokens=8)
+    assert caught.value.subject == "--stride"
+
+
+@given(
+    st.lists(st.integers(0, 40), min_size=2, max_size=5).filter(lambda lengths: max(lengths) > 1),
+    st.integers(2, 9),
+    st.integers(2, 60),
+    st.integers(0, 9),
+)
+def test_drawn_windows_are_disjoint_stretches_of_single_texts(
+    lengths: list[int], context_length: int, num_tokens: int, seed: int
+) -> None:
+    plan, spans = plan_texts(lengths, context_length=context_length, num_tokens=num_tokens, seed=seed)
+    places = [place for span in spans for place in span]
+    assert len(places) == len(set(places)) == plan.num_tokens <= max(num_tokens, 0)
+    ends = list(accumulate(lengths))
+    texts = [sum(place >= end for end in ends) for place in places]
+    for window in plan.windows:
+        assert len(set(texts[window.begin : window.end])) == 1
+        assert 2 <= window.end - window.begin <= context_length

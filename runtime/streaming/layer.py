@@ -1,0 +1,249 @@
+"""All lanes through one layer, part by part.
+
+Attention runs window by window. Experts run on all tokens of a lane at a time, or, in deterministic mode, on those of
+one window, which is what the model in memory does. Lanes are never joined into one product: two that have the same
+weights and inputs have the same outputs, bit for bit.
+
+Shapes: R rows at a time, D hidden, E experts.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+
+from runtime.model.decoder import DecoderLayer
+from runtime.model.mlp import GatedMlp
+from runtime.model.mtp import MtpLayer
+from runtime.model.norm import RMSNorm
+from runtime.moe.router import Routing
+from runtime.moe.runner import MoE
+from runtime.streaming.attention import CHUNK_TOKENS, Bounds, WindowAttention, attend_whole, chunks
+from runtime.streaming.embedding import embed
+from runtime.streaming.experts import EXPERT_ROWS, add_weighted, normed_rows, run_expert
+from runtime.streaming.lanes import Lane
+from runtime.streaming.reading import ReadAhead
+from runtime.streaming.routed import Routed
+from runtime.streaming.rows import RowPlan
+from runtime.streaming.watch import Watcher
+
+
+class LayerRun:
+    """Runs layers one after the other; the weights come from `reads`, in the order of `plan_batches`.
+
+    Args:
+        lanes: a leader before those it leads.
+        plan: which token is in which row.
+        reads: hands out the weights.
+        watcher: told of everything.
+        deterministic: compute as the model in memory does.
+    """
+
+    def __init__(
+        self, lanes: Sequence[Lane], plan: RowPlan, reads: ReadAhead, watcher: Watcher, *, deterministic: bool
+    ) -> None:
+        self._lanes, self._plan, self._reads, self._watcher = lanes, plan, reads, watcher
+        self._deterministic = deterministic
+        self._chunk = plan.longest if deterministic else CHUNK_TOKENS
+        engine = lanes[0].side.loader.engine
+        self._dtype, self._device = engine.torch_dtype, engine.device
+
+    def run(self, layer: int, *, is_mtp: bool = False) -> None:
+        """Run the next layer.
+
+        Raises:
+            InputError: a weight that cannot be read or decoded.
+        """
+        modules = {lane.side.name: lane.side.layer(layer) for lane in self._lanes}
+        bounds = self._plan.mtp_bounds if is_mtp else self._plan.bounds
+        self._watcher.begin(layer, is_mtp=is_mtp)
+        with self._reads.resident():
+            self._attend(modules, bounds)
+            with self._reads.resident():
+                self._route(modules, bounds)
+                rows = torch.cat([torch.arange(begin, end) for begin, end in bounds])
+                while (batch := self._reads.peek()) is not None and batch.experts:
+                    with self._reads.resident():
+                        self._experts(modules, batch.experts, rows)
+                self._finish(modules, bounds)
+            if is_mtp:
+                self._norm(bounds, {name: _mtp(module).shared_head.norm for name, module in modules.items()})
+        self._watcher.end()
+
+    def norm(self) -> None:
+        """Put the final norm, the next weights, to the hidden states of the free lanes."""
+        with self._reads.resident():
+            norms = {lane.side.name: lane.side.loader.model.model.norm for lane in self._lanes}
+            self._norm(self._plan.bounds, norms)
+
+    def _norm(self, bounds: Bounds, norms: Mapping[str, RMSNorm]) -> None:
+        for begin, end in chunks(bounds, self._chunk):
+            for lane in self._active(end):
+                if lane.is_free:
+                    rows_RD = self._rows(lane.state_TD, begin, end)
+                    lane.state_TD[begin:end] = norms[lane.side.name](rows_RD).to(lane.state_TD)
+
+    def _active(self, end: int) -> list[Lane]:
+        return [lane for lane in self._lanes if end <= lane.num_rows]
+
+    def _rows(self, matrix_TD: torch.Tensor, begin: int, end: int) -> torch.Tensor:
+        return matrix_TD[begin:end].to(device=self._device, dtype=self._dtype)
+
+    def _attend(self, modules: dict[str, DecoderLayer], bounds: Bounds) -> None:
+        longest = max((end - begin for begin, end in bounds), default=0)
+        caches: dict[str, WindowAttention] = {}
+        if longest > self._chunk:
+            caches = {
+                lane.name: WindowAttention(lane.side.source.config, longest, self._dtype, self._device)
+                for lane in self._lanes
+            }
+        for window in bounds:
+            for cache in caches.values():
+                cache.reset()
+            for begin, end in chunks([window], self._chunk):
+                self._attend_chunk(modules, caches, (begin, end), is_whole=(begin, end) == window)
+
+    def _attend_chunk(
+        self,
+        modules: dict[str, DecoderLayer],
+        caches: dict[str, WindowAttention],
+        span: tuple[int, int],
+        *,
+        is_whole: bool,
+    ) -> None:
+        begin, end = span
+        rows, lanes = torch.arange(begin, end), self._active(end)
+        given = self._given(modules, lanes, begin, end)
+        self._watcher.inputs(rows, {lane.name: given[lane.name][0] for lane in lanes if lane.is_free})
+        outputs: dict[str, torch.Tensor] = {}
+        for lane in lanes:
+            module, given_1RD = modules[lane.side.name], given[lane.name]
+            if is_whole:
+                outputs[lane.name] = attend_whole(lane.side.source.config, module, given_1RD)
+            else:
+                outputs[lane.name] = caches[lane.name].run(module, given_1RD)
+        self._watcher.attention(rows, {name: out_1RD[0] for name, out_1RD in outputs.items()})
+        for lane in lanes:
+            if lane.is_free:
+                lane.state_TD[begin:end] = (given[lane.name] + outputs[lane.name])[0].to(lane.state_TD)
+
+    def _given(
+        self, modules: dict[str, DecoderLayer], lanes: Sequence[Lane], begin: int, end: int
+    ) -> dict[str, torch.Tensor]:
+        """Return what each lane's attention is given, (1, R, D), by name."""
+        given: dict[str, torch.Tensor] = {}
+        embedded: dict[str, torch.Tensor] = {}
+        for lane in lanes:
+            rows_RD = self._rows(lane.owner.input_TD, begin, end)
+            if lane.noise is not None and not lane.is_free:
+                rows_RD = lane.noise(rows_RD)
+            module, owner = modules[lane.side.name], lane.owner.side
+            if isinstance(module, MtpLayer):
+                if owner.name not in embedded:
+                    next_RD = torch.empty_like(rows_RD)
+                    embed(owner.source, self._plan.ids[begin + 1 : end + 1], next_RD, self._dtype)
+                    embedded[owner.name] = next_RD
+                joined = torch.cat([module.enorm(embedded[owner.name]), module.hnorm(rows_RD)], dim=-1)
+                rows_RD = module.eh_proj(joined[None])[0]
+            given[lane.name] = rows_RD[None]
+        return given
+
+    def _normed(self, modules: dict[str, DecoderLayer], lane: Lane, begin: int, end: int) -> torch.Tensor:
+        """Return what a lane's MLP is given: a forced lane what its leader's norm makes of its leader's state."""
+        norm = modules[lane.owner.side.name].post_attention_layernorm
+        out_RD: torch.Tensor = norm(self._rows(lane.state_TD, begin, end))
+        return out_RD
+
+    def _route(self, modules: dict[str, DecoderLayer], bounds: Bounds) -> None:
+        """Ask the routers, and clear the sums of the experts' results; a layer without experts has nothing to ask."""
+        routed: dict[str, list[Routed]] = {lane.name: [] for lane in self._lanes}
+        for begin, end in chunks(bounds, self._chunk):
+            rows, routings, normed = torch.arange(begin, end), dict[str, Routing](), dict[str, torch.Tensor]()
+            for lane in self._active(end):
+                module = modules[lane.side.name]
+                if lane.noise is not None and not lane.is_free:
+                    lane.state_TD[begin:end] = lane.noise(lane.owner.state_TD[begin:end])
+                given_RD = self._normed(modules, lane, begin, end)
+                normed[lane.name] = given_RD
+                if lane.shares_state:
+                    normed[lane.name] = module.post_attention_layernorm(self._rows(lane.state_TD, begin, end))
+                if isinstance(module.mlp, MoE):
+                    routings[lane.name] = module.mlp.gate(given_RD)
+                    if lane.is_free:
+                        routed[lane.name].append(Routed.of(routings[lane.name]))
+            self._watcher.normed(rows, normed)
+            if routings:
+                gates = {lane.name: modules[lane.side.name].mlp for lane in self._active(end)}
+                biases = {name: moe.gate.e_score_correction_bias for name, moe in gates.items() if isinstance(moe, MoE)}
+                self._watcher.routers(rows, routings, biases)
+        for lane in self._lanes:
+            own = routed[lane.name]
+            lane.routed = Routed.cat(own) if own else None
+            lane.added_TD.zero_()
+
+    def _experts(self, modules: dict[str, DecoderLayer], experts: range, rows: torch.Tensor) -> None:
+        for expert in experts:
+            for leader in self._lanes:
+                if leader.is_free:
+                    self._expert(modules, expert, leader, rows)
+
+    def _expert(self, modules: dict[str, DecoderLayer], expert: int, leader: Lane, rows: torch.Tensor) -> None:
+        assert leader.routed is not None, leader.name
+        tokens, weights = leader.routed.of_expert(expert)
+        led = [leader, *(lane for lane in self._lanes if lane.leader is leader)]
+        norm = modules[leader.side.name].post_attention_layernorm
+        for block_R, weights_R in self._blocks(rows[tokens], weights):
+            shared_RD = normed_rows(leader.state_TD, block_R, norm, self._dtype, self._device)
+            outputs: dict[str, torch.Tensor] = {}
+            for lane in led:
+                block, scale, given_RD = block_R, weights_R, shared_RD
+                if lane is not leader and not lane.shares_state:
+                    kept = block_R < lane.num_rows
+                    block, scale = block_R[kept], weights_R[kept]
+                    if not len(block):
+                        continue
+                    given_RD = normed_rows(lane.state_TD, block, norm, self._dtype, self._device)
+                moe = modules[lane.side.name].mlp
+                assert isinstance(moe, MoE), moe
+                out_RD = run_expert(moe.experts[expert], given_RD)
+                add_weighted(out_RD, scale, block, lane.added_TD)
+                if block is block_R:
+                    outputs[lane.name] = out_RD
+            self._watcher.expert(expert, block_R, outputs)
+
+    def _blocks(self, rows: torch.Tensor, weights: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Yield an expert's rows and weights: of one window at a time, or a constant number."""
+        if not self._deterministic:
+            yield from zip(rows.split(EXPERT_ROWS), weights.split(EXPERT_ROWS), strict=True) if len(rows) else ()
+            return
+        for begin, end in self._plan.bounds:
+            inside = (rows >= begin) & (rows < end)
+            if bool(inside.any()):
+                yield rows[inside], weights[inside]
+
+    def _finish(self, modules: dict[str, DecoderLayer], bounds: Bounds) -> None:
+        """Add the dense MLP's result, or the experts' and the shared expert's, to the hidden states."""
+        for begin, end in chunks(bounds, self._chunk):
+            rows, lanes = torch.arange(begin, end), self._active(end)
+            outputs = {lane.name: self._mlp(modules, lane, begin, end) for lane in lanes}
+            self._watcher.mlp(rows, outputs)
+            states: dict[str, torch.Tensor] = {}
+            for lane in lanes:
+                if lane.is_free:
+                    state_RD = self._rows(lane.state_TD, begin, end) + outputs[lane.name]
+                    states[lane.name] = state_RD if lane.noise is None else lane.noise(state_RD)
+                    lane.state_TD[begin:end] = states[lane.name].to(lane.state_TD)
+            self._watcher.states(rows, states)
+
+    def _mlp(self, modules: dict[str, DecoderLayer], lane: Lane, begin: int, end: int) -> torch.Tensor:
+        normed_RD, mlp = self._normed(modules, lane, begin, end), modules[lane.side.name].mlp
+        if isinstance(mlp, GatedMlp):
+            dense_1RD: torch.Tensor = mlp(normed_RD[None])
+            return dense_1RD[0]
+        assert isinstance(mlp, MoE), mlp
+        out_RD: torch.Tensor = self._rows(lane.added_TD, begin, end) + mlp.shared_experts(normed_RD)
+        return out_RD
+
+
+def _mtp(module: DecoderLayer) -> MtpLayer:
+    assert isinstance(module, MtpLayer), module
+    return module

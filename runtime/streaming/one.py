@@ -1,0 +1,108 @@
+"""One model on a text, streamed: its hidden states and routing, for references that outlive the model.
+
+Shapes: R rows, one for every token of every window, window after window; D hidden, K experts per token.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from converters.shard.whole import open_whole
+from runtime.moe.router import Routing
+from runtime.streaming.options import Progress, StreamOptions
+from runtime.streaming.plan import StreamMemory, plan_stream
+from runtime.streaming.reading import ReadAhead
+from runtime.streaming.rows import RowPlan
+from runtime.streaming.run import LaneSpec, Matrices, Stream, lane_rows, make_lanes
+from runtime.streaming.sides import Side, plan_batches
+from runtime.streaming.watch import Values, Watcher
+
+_LANE = "model"
+# layer, first row, and rows (rows, D) of what the layer is given
+OnInput = Callable[[int, int, torch.Tensor], None]
+
+
+@dataclass(frozen=True, slots=True)
+class OneModel:
+    """What a model made of a text.
+
+    Attributes:
+        final_hidden_RD: behind the final norm, fp32.
+        routing_ids: expert ids (R, K) int64 by MoE layer; that of the MTP layer has no last row of a window.
+        mtp_hidden_RD: behind the MTP layer's norm, fp32; None without MTP layer. A window's last row is zero.
+        norms: L2 norms (R,) fp32 of the hidden states behind each layer, without the MTP layer.
+        memory: what was planned.
+        bytes_read: of the checkpoint.
+    """
+
+    final_hidden_RD: torch.Tensor
+    routing_ids: Mapping[int, torch.Tensor]
+    mtp_hidden_RD: torch.Tensor | None
+    norms: Mapping[int, torch.Tensor]
+    memory: StreamMemory
+    bytes_read: int
+
+
+@dataclass(slots=True)
+class _Record(Watcher):
+    on_input: OnInput | None
+    ids: dict[int, list[torch.Tensor]] = field(default_factory=dict)
+    norms: dict[int, list[torch.Tensor]] = field(default_factory=dict)
+    layer: int = 0
+    is_mtp: bool = False
+
+    def begin(self, layer: int, *, is_mtp: bool) -> None:
+        self.layer, self.is_mtp = layer, is_mtp
+
+    def inputs(self, rows_R: torch.Tensor, inputs: Values) -> None:
+        if self.on_input is not None and not self.is_mtp:
+            self.on_input(self.layer, int(rows_R[0]), inputs[_LANE])
+
+    def routers(self, rows_R: torch.Tensor, routings: Mapping[str, Routing], biases: Values) -> None:
+        self.ids.setdefault(self.layer, []).append(routings[_LANE].topk_ids_TK.cpu())
+
+    def states(self, rows_R: torch.Tensor, states: Values) -> None:
+        if not self.is_mtp:
+            self.norms.setdefault(self.layer, []).append(states[_LANE].float().norm(dim=-1).cpu())
+
+
+@torch.inference_mode()
+def stream_one(
+    folder: Path,
+    text: RowPlan,
+    options: StreamOptions,
+    on_input: OnInput | None = None,
+    progress: Progress | None = None,
+) -> OneModel:
+    """Run one model on a text, in the memory of a few experts.
+
+    Args:
+        folder: a checkpoint in any layout and format that the runtime loads.
+        text: tokens and windows.
+        options: how; levels and floor are not used.
+        on_input: told what each layer but the MTP layer is given, in order of rows.
+        progress: told where it is.
+    Raises:
+        InputError: it cannot be loaded. ResourceError: too little memory, or no room for a scratch file.
+    """
+    with open_whole(folder) as source:
+        sides = [Side.of(_LANE, source, options)]
+        specs = [LaneSpec(_LANE, 0, text.num_rows)]
+        batches = plan_batches(sides)
+        memory = plan_stream(sides, batches, text, lane_rows(specs, sides), options, with_heads=False)
+        matrices = Matrices(source.config.hidden_size, options, on_disk=memory.hidden_on_disk)
+        (lane,) = lanes = make_lanes(specs, sides, matrices, options)
+        record = _Record(on_input)
+        advance = progress.advance if progress is not None else lambda _: None
+        with ReadAhead([side.loader for side in sides], batches, options.workers, advance) as reads:
+            has_mtp = Stream(lanes, sides, text, matrices, reads, record, options, progress).run()
+    return OneModel(
+        final_hidden_RD=lane.input_TD if has_mtp else lane.state_TD,
+        routing_ids={layer: torch.cat(ids) for layer, ids in record.ids.items()},
+        mtp_hidden_RD=lane.state_TD if has_mtp else None,
+        norms={layer: torch.cat(norms) for layer, norms in record.norms.items()},
+        memory=memory,
+        bytes_read=reads.bytes_read,
+    )

@@ -1,0 +1,139 @@
+"""How much memory a run takes, from headers alone, and what of it goes to disk.
+
+What stays whatever the length of the text: the weights in use and those read ahead, a block of rows on its way through
+a layer, and at the end the heads with a block of logits. What grows with the text: a few rows of fp32 a token, which
+may lie in a scratch file, and the decisions of the routers.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from converters.errors import ResourceError
+from runtime.streaming.attention import CHUNK_TOKENS
+from runtime.streaming.memory import FP32, activation_bytes
+from runtime.streaming.options import StreamOptions
+from runtime.streaming.reading import Batch, batches_ahead
+from runtime.streaming.rows import RowPlan
+from runtime.streaming.sides import Side
+
+# as measured: interpreter and torch; and of each parameter the module that has it, and where it is read
+_PROGRAM_BYTES = 320 << 20
+_PARAMETER_BYTES = 5 << 10
+# positions whose logits are held at once
+LOGIT_ROWS = 128
+# of a block of logits: in parts and put together, on both sides
+_LOGIT_COPIES = 4
+# log-probabilities, differences and their like of a chunk of rows, 64 MB each
+_SCORE_BYTES = 10 * (64 << 20)
+# rows of a head that are widened at a time
+_HEAD_ROWS = 16384
+_INT64 = 8
+
+
+@dataclass(frozen=True, slots=True)
+class LaneRows:
+    """Rows of fp32 that lanes keep: `matrices` of `rows` each."""
+
+    rows: int
+    matrices: int
+
+
+@dataclass(frozen=True, slots=True)
+class StreamMemory:
+    """Bytes at the peak, by what they are for.
+
+    Args:
+        base: the program itself, and its models without weights.
+        weights: those in use and those read ahead, and one as it is stored while it is widened.
+        activations: of one block of rows.
+        routing: of the routers of one layer.
+        head: instead of weights and rows, once the layers are done: the heads, and blocks of them and of logits.
+        hidden: the hidden states of all tokens.
+        hidden_on_disk: they lie in a scratch file.
+    """
+
+    base: int
+    weights: int
+    activations: int
+    routing: int
+    head: int
+    hidden: int
+    hidden_on_disk: bool
+
+    @property
+    def peak_bytes(self) -> int:
+        """Memory, a mapped scratch file not counted."""
+        phase = max(self.weights + self.activations + self.routing, self.head)
+        return self.base + phase + (0 if self.hidden_on_disk else self.hidden)
+
+    @property
+    def scratch_bytes(self) -> int:
+        """Disk."""
+        return self.hidden if self.hidden_on_disk else 0
+
+
+def plan_stream(
+    sides: Sequence[Side],
+    batches: Sequence[Batch],
+    plan: RowPlan,
+    lanes: Sequence[LaneRows],
+    options: StreamOptions,
+    *,
+    with_heads: bool,
+) -> StreamMemory:
+    """Return what a run needs.
+
+    Raises:
+        ResourceError: it would not fit even with the hidden states on disk.
+    """
+    config = sides[0].source.config
+    chunk = plan.longest if options.deterministic else CHUNK_TOKENS
+    # the decisions chunk by chunk, and put together
+    decision = 2 * (config.n_routed_experts * FP32 + config.num_experts_per_tok * (_INT64 + FP32))
+    # given and put out by all lanes, side by side to be compared
+    compared = 2 * len(lanes) * min(plan.longest, chunk) * config.hidden_size * FP32
+    memory = StreamMemory(
+        base=_PROGRAM_BYTES + _PARAMETER_BYTES * sum(len(side.loader.parameter_names) for side in sides),
+        weights=peak_weights(sides, batches, options.workers),
+        activations=activation_bytes(config, plan.longest, chunk=chunk) + compared,
+        routing=sum(lane.rows for lane in lanes) * decision,
+        head=_head_bytes(sides) if with_heads else 0,
+        hidden=sum(lane.rows * lane.matrices for lane in lanes) * config.hidden_size * FP32,
+        hidden_on_disk=False,
+    )
+    if memory.peak_bytes <= options.max_memory:
+        return memory
+    memory = replace(memory, hidden_on_disk=True)
+    if memory.peak_bytes > options.max_memory:
+        raise ResourceError(
+            "--max-memory",
+            expected=f"at least {memory.peak_bytes} bytes: weights in use and read ahead, and blocks of rows",
+            found=str(options.max_memory),
+            next_step="Raise it, or lower --context-length and --workers.",
+        )
+    return memory
+
+
+def _head_bytes(sides: Sequence[Side]) -> int:
+    config = sides[0].source.config
+    heads = sum(side.loader.held_bytes(side.head_names(), as_stored=True) for side in sides)
+    logits = _LOGIT_COPIES * LOGIT_ROWS * config.vocab_size * FP32
+    return heads + logits + _SCORE_BYTES + _HEAD_ROWS * config.hidden_size * FP32
+
+
+def peak_weights(sides: Sequence[Side], batches: Sequence[Batch], workers: int) -> int:
+    """Return the most bytes of weights that are held at once, those that are read ahead included."""
+    held = [sum(side.loader.held_bytes(names) for side, names in _of(sides, batch)) for batch in batches]
+    names = ((side, name) for batch in batches for side, names in _of(sides, batch) for name in names)
+    stored = max(side.loader.stored_bytes((name,)) for side, name in names)
+    ahead, peak = batches_ahead(workers), 0
+    for index, batch in enumerate(batches):
+        # attention and mlp stand right before the experts of their layer
+        first = next((back for back in range(index, -1, -1) if batches[back].layer != batch.layer), -1) + 1
+        stays = sum(held[back] for back in range(first, index) if batches[back].stays_for(batch))
+        peak = max(peak, stays + sum(held[index : index + 1 + ahead]))
+    return peak + workers * stored
+
+
+def _of(sides: Sequence[Side], batch: Batch) -> Sequence[tuple[Side, tuple[str, ...]]]:
+    return list(zip(sides, batch.names, strict=True))
