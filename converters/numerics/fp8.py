@@ -8,6 +8,7 @@ Shapes: O x I the weight, B x D its blocks.
 
 import torch
 
+from converters.numerics import fp8_bits
 from converters.numerics.scales import block_magnitudes, column_parts, group_magnitudes, scaled_chunks, symmetric_scales
 from converters.numerics.workspace import WORKSPACE
 from converters.quant.scheme import Arithmetic
@@ -141,6 +142,10 @@ def _encode(
 ) -> torch.Tensor:
     """Return codes (O, I) for scales of groups of columns; `narrow` is a dtype that quotients are rounded to first."""
     codes_OI = torch.empty(weight_OI.shape, dtype=torch.float8_e4m3fn, device=weight_OI.device) if out is None else out
+    is_plain = arithmetic is Arithmetic.FLOAT32 and not multiply
+    if is_plain and fp8_bits.suits(weight_OI, scale_OG):
+        fp8_bits.encode(weight_OI, scale_OG, codes_OI.view(torch.uint8))
+        return codes_OI
     for part, scaled_RC in scaled_chunks(weight_OI, scale_OG, arithmetic, multiply=multiply):
         # a scale is rounded to its dtype: the largest weight may land just above 448, which the cast would make NaN
         scaled_RC.clamp_(-E4M3_MAX, E4M3_MAX)

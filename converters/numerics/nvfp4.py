@@ -6,18 +6,14 @@ amax / 2688. 2688 = 448 x 6: the largest group's local scale is then E4M3's maxi
 
 import torch
 
+from converters.numerics import nvfp4_patterns
+from converters.numerics.nvfp4_scales import E2M1_MAX, E4M3_MAX, GROUP, combined, global_scale, local_scales
 from converters.numerics.nvfp4_search import search_scales
 from converters.numerics.scales import group_magnitudes, scaled_chunks
 from converters.numerics.workspace import WORKSPACE
 from converters.quant.scheme import Arithmetic, ScaleSearch
 
-GROUP = 16
-E2M1_MAX = 6.0
-E4M3_MAX = 448.0
-_FULL = E2M1_MAX * E4M3_MAX
-_SMALLEST = 2.0**-9
-# what compressed-tensors stores for a local scale of zero: the code of 0.125
-_EPSILON_CODE = 0x20
+__all__ = ["E2M1_MAX", "E4M3_MAX", "GROUP", "combined", "encode_pairs", "global_scale", "quantize_nvfp4"]
 
 
 def quantize_nvfp4(
@@ -37,53 +33,21 @@ def quantize_nvfp4(
     Source: compressed-tensors `nvfp4-pack-quantized`; modelopt `NVFP4QTensor`.
     """
     global_11 = global_scale(largest_11, weight_RC.dtype, arithmetic)
+    tables = None
+    if nvfp4_patterns.suits(weight_RC):
+        tables = nvfp4_patterns.tables_of(float(global_11), weight_RC.dtype, arithmetic)
+    if tables is not None and search is ScaleSearch.NONE:
+        return *nvfp4_patterns.encode(weight_RC, tables, None), global_11
     local_RG = local_scales(group_magnitudes(weight_RC, GROUP), global_11, arithmetic)
     if search is ScaleSearch.MSE:
         factor_11 = global_11.reciprocal() if arithmetic is Arithmetic.MODELOPT else global_11
         local_RG = search_scales(weight_RC, local_RG, factor_11)
+    if tables is not None:
+        return *nvfp4_patterns.encode(weight_RC, tables, local_RG), global_11
     packed_RB = torch.empty(len(weight_RC), weight_RC.shape[1] // 2, dtype=torch.uint8, device=weight_RC.device)
     for part, scaled_RC in scaled_chunks(weight_RC, combined(local_RG, global_11, arithmetic), Arithmetic.FLOAT32):
         encode_pairs(scaled_RC, packed_RB[part])
     return packed_RB, local_RG, global_11
-
-
-def global_scale(largest_11: torch.Tensor, dtype: torch.dtype, arithmetic: Arithmetic) -> torch.Tensor:
-    """Return the global scale fp32 (1, 1): a divisor, or a factor for MODELOPT; 1 where all weights are zero.
-
-    Args:
-        largest_11: fp32 (1, 1).
-        dtype: of the weights; compressed-tensors computes in it.
-        arithmetic: whose.
-    """
-    if arithmetic is Arithmetic.MODELOPT:
-        factor_11 = largest_11 / torch.full_like(largest_11, _FULL)
-        return torch.where(factor_11 == 0, 1.0, factor_11)
-    if arithmetic is Arithmetic.FLOAT32:
-        divisor_11 = torch.full_like(largest_11, _FULL) / largest_11
-    else:
-        tiny = torch.finfo(dtype).tiny
-        # a number divided by a tensor is number * reciprocal in torch, each step rounded
-        divisor_11 = (largest_11.to(dtype).clamp(min=tiny).reciprocal() * _FULL).float()
-    return torch.where(torch.isfinite(divisor_11), divisor_11, 1.0)
-
-
-def local_scales(amax_RG: torch.Tensor, global_11: torch.Tensor, arithmetic: Arithmetic) -> torch.Tensor:
-    """Return E4M3 local scales (R, G) that map each group's amax, in the weight's dtype, to the code 6."""
-    if arithmetic is Arithmetic.MODELOPT:
-        scale_RG = amax_RG.float() / (global_11 * E2M1_MAX)
-        scale_RG = torch.where(scale_RG == 0, 1.0, scale_RG).clamp(_SMALLEST, E4M3_MAX)
-        return scale_RG.to(torch.float8_e4m3fn)
-    amax_RG = amax_RG.float() if arithmetic is Arithmetic.FLOAT32 else amax_RG
-    sixth_RG = amax_RG / torch.full((), E2M1_MAX, dtype=amax_RG.dtype, device=amax_RG.device)
-    codes_RG = (global_11 * sixth_RG.float()).clamp_(max=E4M3_MAX).to(torch.float8_e4m3fn).view(torch.uint8)
-    return codes_RG.add_((codes_RG == 0).view(torch.uint8) * _EPSILON_CODE).view(torch.float8_e4m3fn)
-
-
-def combined(local_RG: torch.Tensor, global_11: torch.Tensor, arithmetic: Arithmetic) -> torch.Tensor:
-    """Return what codes are multiplied with, fp32 (R, G)."""
-    if arithmetic is Arithmetic.MODELOPT:
-        return local_RG.float() * global_11
-    return local_RG.float() / global_11
 
 
 def encode_pairs(scaled_RC: torch.Tensor, packed_RB: torch.Tensor) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch.nn import functional as F
 
 from converters.errors import InputError
-from converters.numerics.workspace import WORKSPACE, row_chunks
+from converters.numerics.workspace import WORKSPACE, chunk_rows
 from converters.quant.scheme import Arithmetic
 
 
@@ -29,13 +29,14 @@ def group_magnitudes(weight_RC: torch.Tensor, group: int) -> torch.Tensor:
     is_narrow = weight_RC.dtype.itemsize == 2
     values_RC = weight_RC.view(torch.int16) if is_narrow else weight_RC
     amax_RG = torch.empty(rows, columns // group, dtype=values_RC.dtype, device=weight_RC.device)
-    for part in row_chunks(rows, columns):
-        size_RC = WORKSPACE.take("magnitudes", values_RC[part].shape, values_RC.dtype, weight_RC)
+    step = chunk_rows(columns)
+    for part_RC, part_RG in zip(values_RC.split(step), amax_RG.split(step), strict=True):
+        size_RC = WORKSPACE.take("magnitudes", tuple(part_RC.shape), values_RC.dtype, weight_RC)
         if is_narrow:
-            torch.bitwise_and(values_RC[part], 0x7FFF, out=size_RC)
+            torch.bitwise_and(part_RC, 0x7FFF, out=size_RC)
         else:
-            torch.abs(values_RC[part], out=size_RC)
-        torch.amax(size_RC.unflatten(1, (-1, group)), dim=2, out=amax_RG[part])
+            torch.abs(part_RC, out=size_RC)
+        torch.amax(size_RC.view(len(part_RC), columns // group, group), dim=2, out=part_RG)
     return _finite(amax_RG.view(weight_RC.dtype))
 
 
@@ -99,14 +100,13 @@ def scaled_chunks(
         arithmetic: COMPRESSED_TENSORS divides in the weight's dtype, the others in fp32.
         multiply: weight * scale instead.
     """
-    rows, columns = weight_RC.shape
-    group = columns // scale_RG.shape[1]
+    columns, groups = weight_RC.shape[1], scale_RG.shape[1]
     dtype = weight_RC.dtype if arithmetic is Arithmetic.COMPRESSED_TENSORS else torch.float32
-    for part in row_chunks(rows, columns):
-        scale_RG1 = scale_RG[part].unsqueeze(2).to(dtype)
-        scaled_RC = WORKSPACE.take("scaled", weight_RC[part].shape, dtype, weight_RC)
-        scaled_RGC = scaled_RC.unflatten(1, (-1, group))
-        scaled_RC.copy_(weight_RC[part])
+    step = chunk_rows(columns)
+    scales = scale_RG.unsqueeze(2).to(dtype).split(step)
+    for number, (part_RC, scale_RG1) in enumerate(zip(weight_RC.split(step), scales, strict=True)):
+        scaled_RC = WORKSPACE.take("scaled", tuple(part_RC.shape), dtype, weight_RC).copy_(part_RC)
+        scaled_RGC = scaled_RC.view(len(part_RC), groups, columns // groups)
         if multiply:
             scaled_RGC.mul_(scale_RG1)
         else:
@@ -114,4 +114,4 @@ def scaled_chunks(
         if arithmetic is Arithmetic.COMPRESSED_TENSORS:
             # their symmetric zero point is added before rounding; it turns a negative zero into a positive one
             scaled_RC.add_(0.0)
-        yield part, scaled_RC
+        yield slice(number * step, number * step + len(part_RC)), scaled_RC
