@@ -34,7 +34,9 @@ class Workspace(threading.local):
         key = (name, shape, dtype)
         view = self._views.get(key)
         if view is None:
-            view = self._bytes(name, torch.Size(shape).numel() * dtype.itemsize).view(dtype).view(shape)
+            # what is made in inference mode could not be written to outside of it
+            with torch.inference_mode(False):
+                view = self._bytes(name, torch.Size(shape).numel() * dtype.itemsize).view(dtype).view(shape)
             self._views[key] = view
         return view
 
@@ -44,7 +46,8 @@ class Workspace(threading.local):
         view = self._arrays.get(key)
         if view is None:
             count = torch.Size(shape).numel()
-            view = self._bytes(name, count * np.dtype(dtype).itemsize).numpy().view(dtype).reshape(shape)
+            with torch.inference_mode(False):
+                view = self._bytes(name, count * np.dtype(dtype).itemsize).numpy().view(dtype).reshape(shape)
             self._arrays[key] = view
         return view
 
