@@ -1,13 +1,15 @@
-"""Layer-by-layer verification beside one read of both checkpoints, on real layer shapes.
+"""Layer-by-layer verification beside one read of both checkpoints and beside its own products, on real layer shapes.
 
-    PYTHONPATH=. python benchmarks/verify.py SCRATCH [--model GLM-4.6] [--experts 64] [--tokens 16 4096] [--rounds 3]
+    PYTHONPATH=. python benchmarks/verify.py SCRATCH [--model GLM-4.6] [--experts 24] [--tokens 16 1024] [--rounds 2]
 
 Makes a synthetic checkpoint of a released model's layer shapes and vocabulary with one dense layer, one MoE layer of
-fewer experts and the MTP layer, and its FP8 copy, under SCRATCH. For each number of tokens both are compared in a child
-process, every level; beside it both are read once, file by file. What the kernel has cached of either is dropped
-before each run. With few tokens reading is what counts, with many computing. Writes benchmarks/results/verify.json:
-seconds and their ratio to the read, round by round, peak memory beside the plan, and the plan of the whole model from
-headers.
+fewer experts and the MTP layer, and its FP8 copy, under SCRATCH: 12 GB. For each number of tokens both are compared in
+a child process, every level, in windows of 256. Beside it both are read once, file by file, with what the kernel has
+cached of either dropped before each run; and the products of the run's linear layers are timed as plain fp32 products
+of torch, each shape by itself, its seconds times how often it occurs; scores of attention are left out. With few tokens
+reading is what counts, with many computing: a run is held against the larger of both. Writes
+benchmarks/results/verify.json: these seconds and the ratio, round by round, arithmetic in GFLOP/s of the run and of the
+plain products, peak memory beside the plan, and the plan of the whole model from headers.
 """
 
 import argparse
@@ -17,6 +19,8 @@ import shutil
 import statistics
 import subprocess
 import sys
+import time
+from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -25,6 +29,13 @@ from benchmarks.measure import environment, run_once, write_result
 
 RESULT = Path(__file__).resolve().parent / "results" / "verify.json"
 PLANNED_TOKENS = 4096
+CONTEXT_LENGTH = 256
+# more tokens than this are run once: computing counts, and takes long
+FEW_TOKENS = 64
+# of a weight whose product is timed; a head is timed in part
+MATMUL_ROWS = 16384
+# rows, out and in features of a product
+Shape = tuple[int, int, int]
 READ = """
 import pathlib, sys
 buffer = bytearray(16 << 20)
@@ -45,8 +56,22 @@ def evict(*folders: Path) -> None:
         os.close(descriptor)
 
 
+def count_products() -> Counter[Shape]:
+    """Count the products of linear layers from now on, in this process."""
+    from runtime.model import linear
+
+    shapes, products = Counter[Shape](), linear.products
+
+    def counted(weight: Any, scale: Any, inputs: Any) -> Any:
+        shapes.update((len(rows), *weight.shape) for rows in inputs)
+        return products(weight, scale, inputs)
+
+    linear.products = counted
+    return shapes
+
+
 def compare(source: Path, candidate: Path, num_tokens: int, output: Path) -> None:
-    """Compare two checkpoints on random tokens and write what it took."""
+    """Compare two checkpoints on random tokens and write what it took, and the shapes of its products."""
     import torch
 
     from converters.config import Glm4MoeConfig
@@ -57,13 +82,35 @@ def compare(source: Path, candidate: Path, num_tokens: int, output: Path) -> Non
 
     vocab_size = Glm4MoeConfig.from_folder(source).vocab_size
     ids = torch.randint(vocab_size, (num_tokens,), generator=torch.Generator().manual_seed(0)).tolist()
-    text = EncodedText(tuple(ids), plan_windows(num_tokens, context_length=min(512, num_tokens)))
+    text = EncodedText(tuple(ids), plan_windows(num_tokens, context_length=min(CONTEXT_LENGTH, num_tokens)))
+    shapes = count_products()
     with planned(source, candidate, text, StreamOptions()) as job:
         found = job.run()
         assert found.spent is not None
-        output.write_text(
-            json.dumps({"spent": asdict(found.spent), "plan": asdict(job.memory), "peak": job.memory.peak_bytes})
-        )
+        took = {"spent": asdict(found.spent), "plan": asdict(job.memory), "peak": job.memory.peak_bytes}
+    output.write_text(json.dumps({**took, "products": [[*shape, count] for shape, count in shapes.items()]}))
+
+
+def multiply(products: list[list[int]], output: Path) -> None:
+    """Write the seconds that plain fp32 products of these rows, out and in features and counts take."""
+    import torch
+    import torch.nn.functional as F
+
+    weights: dict[tuple[int, int], torch.Tensor] = {}
+    seconds = 0.0
+    for rows, num_out, width, count in sorted(products, key=lambda product: product[1:3]):
+        part = min(num_out, MATMUL_ROWS)
+        if (part, width) not in weights:
+            weights = {(part, width): torch.randn(part, width)}
+        given, took = torch.randn(rows, width), []
+        with torch.inference_mode():
+            F.linear(given, weights[part, width])
+            while len(took) < 2:
+                begin = time.perf_counter()
+                F.linear(given, weights[part, width])
+                took.append(time.perf_counter() - begin)
+        seconds += min(took) * count * num_out / part
+    output.write_text(json.dumps(seconds))
 
 
 def plan_whole(model: str, scratch: Path) -> dict[str, Any]:
@@ -92,20 +139,30 @@ def plan_whole(model: str, scratch: Path) -> dict[str, Any]:
 
 
 def measure(source: Path, candidate: Path, num_tokens: int, rounds: int, scratch: Path) -> dict[str, Any]:
-    """Return seconds of the read and of the comparison, round by round, and what the comparison took."""
-    child = (sys.executable, "benchmarks/verify.py", str(scratch), "--compare", str(num_tokens))
+    """Return seconds of the read, the plain products and the comparison, round by round, and what the latter took."""
+    child = (sys.executable, "benchmarks/verify.py", str(scratch))
     runs, spent = [], dict[str, Any]()
     for _ in range(rounds):
         evict(source, candidate)
         read = run_once((sys.executable, "-c", READ, str(source), str(candidate)))
         evict(source, candidate)
-        ours = run_once(child)
+        ours = run_once((*child, "--compare", str(num_tokens)))
         spent = json.loads((scratch / "spent.json").read_text())
-        runs.append({"read": asdict(read), "verify": asdict(ours), **spent["spent"]})
+        run_once((*child, "--multiply"))
+        plain_s = json.loads((scratch / "multiply.json").read_text())
+        larger = max(read.wall_s, plain_s)
+        ratios = {"ratio_to_read": spent["spent"]["seconds"] / read.wall_s, "ratio": spent["spent"]["seconds"] / larger}
+        runs.append({"read": asdict(read), "verify": asdict(ours), "products_s": plain_s, **ratios, **spent["spent"]})
         print(num_tokens, runs[-1], flush=True)
-    ratios = [run["seconds"] / run["read"]["wall_s"] for run in runs]
+    flops = 2.0 * sum(rows * num_out * width * count for rows, num_out, width, count in spent["products"])
+    medians = {key: statistics.median(run[key] for run in runs) for key in ("seconds", "products_s", "ratio_to_read")}
+    ratios = [run["ratio"] for run in runs]
     return {
-        "ratio_to_read": {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)},
+        "read_s": statistics.median(run["read"]["wall_s"] for run in runs),
+        **medians,
+        "ratio_to_larger": {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)},
+        "products_tflop": flops / 1e12,
+        "gflop_per_s": {"run": flops / 1e9 / medians["seconds"], "plain": flops / 1e9 / medians["products_s"]},
         "peak_mib": max(run["verify"]["peak_bytes"] for run in runs) / 2**20,
         "planned_mib": spent["peak"] / 2**20,
         "plan": spent["plan"],
@@ -118,16 +175,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("scratch", type=Path)
     parser.add_argument("--model", default="GLM-4.6")
-    parser.add_argument("--experts", type=int, default=64)
+    parser.add_argument("--experts", type=int, default=24)
     parser.add_argument("--vocab-size", type=int, default=151_552)
-    parser.add_argument("--tokens", type=int, nargs="+", default=[16, 4096])
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--tokens", type=int, nargs="+", default=[16, 1024])
+    parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--keep", action="store_true", help="use checkpoints that are there, and leave them")
     parser.add_argument("--compare", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--multiply", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     source, candidate = args.scratch / "src", args.scratch / "fp8"
     if args.compare:
         compare(source, candidate, args.compare, args.scratch / "spent.json")
+        return
+    if args.multiply:
+        multiply(json.loads((args.scratch / "spent.json").read_text())["products"], args.scratch / "multiply.json")
         return
     if not args.keep:
         make = ("benchmarks/synthetic.py", str(source), "--model", args.model, "--experts", str(args.experts))
@@ -144,7 +205,7 @@ def main() -> None:
         "tokens": {},
     }
     for num_tokens in args.tokens:
-        rounds = args.rounds if num_tokens < PLANNED_TOKENS else 1
+        rounds = args.rounds if num_tokens <= FEW_TOKENS else 1
         result["tokens"][num_tokens] = measure(source, candidate, num_tokens, rounds, args.scratch)
         write_result(RESULT, result)
     if not args.keep:

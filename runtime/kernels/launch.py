@@ -15,18 +15,20 @@ class Launch:
     Attributes:
         kernel: a function under `triton.jit`.
         programs: how many of it.
-        arguments: tensors and numbers, in the kernel's order.
+        arguments: tensors, descriptors of tensors, numbers, and None for what is not there, in the kernel's order.
         constants: what it is compiled for.
         outputs: as the torch twin returns them; those that were known before may lie on the CPU.
         num_warps: of a program.
+        num_stages: how many steps of a loop are loaded ahead; None is triton's choice.
     """
 
     kernel: Any
     programs: int
-    arguments: tuple[torch.Tensor | int | float, ...]
+    arguments: tuple[Any, ...]
     constants: dict[str, Any]
     outputs: tuple[torch.Tensor, ...]
     num_warps: int = 4
+    num_stages: int | None = None
 
     def run(self) -> tuple[torch.Tensor, ...]:
         """Launch on the current stream and return the outputs, which may not be there yet."""
@@ -36,7 +38,8 @@ class Launch:
     @property
     def options(self) -> dict[str, Any]:
         """How to compile it: a fused product and sum has other last bits."""
-        return {"num_warps": self.num_warps, "enable_fp_fusion": False}
+        stages = {} if self.num_stages is None else {"num_stages": self.num_stages}
+        return {"num_warps": self.num_warps, "enable_fp_fusion": False, **stages}
 
 
 def as_stored(weight_RC: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,1 @@
+"""Kernels of all that is not an expert; each has a torch twin of the same name in `runtime.kernels.twins`."""
