@@ -3,6 +3,7 @@
 A tensor is planned as a conversion to the split layout would plan it, so that a loaded weight is the converted one.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -21,6 +22,8 @@ from converters.units import UnitPlanner
 
 if TYPE_CHECKING:
     import torch
+
+    Empty = Callable[[torch.Size, torch.dtype], torch.Tensor]
 
 # bytes of rows that are decoded at a time
 _BLOCK_BYTES = 16 << 20
@@ -102,8 +105,8 @@ def read_bytes(reader: CheckpointReader, unit: Unit) -> int:
     return sum(source.rows * row_bytes(reader, source) for source in unit.sources)
 
 
-def read_unit(reader: CheckpointReader, unit: Unit) -> "torch.Tensor":
-    """Return the output of a unit, a vector of scales as (O, 1).
+def read_unit(reader: CheckpointReader, unit: Unit, empty: "Empty | None" = None) -> "torch.Tensor":
+    """Return the output of a unit, a vector of scales as (O, 1), in a tensor that `empty` makes, if it is given.
 
     Values that need no decoding are returned as they are, NaN and Inf included: whoever asks for them wants to know
     what such a model does.
@@ -117,11 +120,14 @@ def read_unit(reader: CheckpointReader, unit: Unit) -> "torch.Tensor":
     (output,) = unit.outputs
     is_matrix = len(output.shape) > 1 or output.name.endswith(WEIGHT_SCALE)
     shape = (output.rows, -1) if is_matrix else output.shape
+    columns = output.row_bytes // torch_dtype(output.dtype).itemsize
+    size, dtype = torch.Size((output.rows, columns)), torch_dtype(output.dtype)
+    result_RC = torch.empty(size, dtype=dtype) if empty is None else empty(size, dtype)
     if len(unit.sources) == 1 and unit.sources[0].is_whole and isinstance(unit.transform, Copy):
         (source,) = unit.sources
-        return _raw(reader, source.name, source.start, source.stop).view(shape)
-    columns = output.row_bytes // torch_dtype(output.dtype).itemsize
-    result_RC = torch.empty(output.rows, columns, dtype=torch_dtype(output.dtype))
+        data = result_RC.view(-1).view(torch.uint8).numpy().data
+        reader.read_into(source.name, source.start * reader.entry(source.name).row_bytes, data)
+        return result_RC.view(shape)
     row, scratch = 0, Scratch()
     for source in unit.sources:
         step = max(1, _BLOCK_BYTES // max(1, row_bytes(reader, source)))

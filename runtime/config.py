@@ -6,11 +6,19 @@ import torch
 
 from converters.errors import UsageError
 from converters.formats.inputs import ACTIVATIONS, FULL
+from runtime.kernels.mode import is_interpreted
+from runtime.moe.plan import BACKENDS, BATCHED, CUTLASS, TRITON, VANILLA
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 DEVICES = ("cpu", "cuda")
-MOE_BACKENDS = ("vanilla",)
 AUTO = "auto"
+MOE_BACKENDS = (AUTO, *BACKENDS)
+ON, OFF = "on", "off"
+FUSED_SHARED_EXPERTS = (AUTO, ON, OFF)
+# torch's grouped product is written for it and later
+_CUTLASS_CAPABILITY = (8, 0)
+# what the kernels are compiled and tested for
+_TRITON_CAPABILITY = (9, 0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,7 +28,9 @@ class EngineConfig:
     Args:
         dtype: of activations, unquantized weights and KV cache; router, norms, softmax and logits are fp32 in any case.
         device: where the model lives.
-        moe_backend: what multiplies the experts.
+        moe_backend: what multiplies the experts; auto = what suits device, scheme and rows per expert.
+        fused_shared_experts: compute the shared expert as one of the experts; auto = where backend and schemes allow.
+        moe_deterministic: what the experts add to a token does not depend on what it is batched with.
         activations: `full`: as they are; `as-served`: inputs of quantized layers are rounded as the checkpoint's config
             has engines do it.
         max_context_tokens: prompt and output together; None = the model's max_position_embeddings.
@@ -29,7 +39,9 @@ class EngineConfig:
 
     dtype: str = "bfloat16"
     device: str = "cpu"
-    moe_backend: str = "vanilla"
+    moe_backend: str = VANILLA
+    fused_shared_experts: str = AUTO
+    moe_deterministic: bool = False
     activations: str = FULL
     max_context_tokens: int | None = None
     prefill_chunk_tokens: int = 512
@@ -39,17 +51,58 @@ class EngineConfig:
         _require_one_of("dtype", self.dtype, tuple(DTYPES))
         _require_one_of("device", self.device, DEVICES)
         _require_one_of("moe_backend", self.moe_backend, MOE_BACKENDS)
+        _require_one_of("fused_shared_experts", self.fused_shared_experts, FUSED_SHARED_EXPERTS)
         _require_one_of("activations", self.activations, ACTIVATIONS)
         _require_positive("prefill_chunk_tokens", self.prefill_chunk_tokens)
         if self.max_context_tokens is not None:
             _require_positive("max_context_tokens", self.max_context_tokens)
         if self.device == "cuda" and not torch.cuda.is_available():
             raise UsageError("device 'cuda'", expected="a CUDA device", found="none", next_step="Use --device cpu.")
+        self._check_moe()
+
+    def _check_moe(self) -> None:
+        """Refuse what no model changes; what depends on the checkpoint is refused when it is planned."""
+        subject, fits_both = f"moe_backend {self.moe_backend!r}", f"{BATCHED} or {TRITON}"
+        if self.moe_deterministic and self.moe_backend in (VANILLA, CUTLASS):
+            raise UsageError(subject, expected=f"{fits_both} with moe_deterministic", found=self.moe_backend)
+        if self.moe_deterministic and self.fused_shared_experts == OFF:
+            raise UsageError("fused_shared_experts 'off'", expected="on or auto with moe_deterministic", found=OFF)
+        if self.moe_backend == VANILLA and self.fused_shared_experts == ON:
+            found, others = "experts that run one after the other", f"{BATCHED}, {CUTLASS} or {TRITON}"
+            raise UsageError(subject, expected=f"{others} with fused_shared_experts 'on'", found=found)
+        if self.moe_backend == TRITON and not supports_triton(self.device):
+            what = "the CPU" if self.device == "cpu" else torch.cuda.get_device_name()
+            raise UsageError(
+                subject,
+                expected="a GPU of compute capability 9.0 or later, or TRITON_INTERPRET=1",
+                found=what,
+                next_step=f"Use --moe-backend {BATCHED}.",
+            )
+        if self.moe_backend == CUTLASS and not supports_cutlass(self.device, self.dtype):
+            raise UsageError(
+                subject,
+                expected="bfloat16 on a GPU of compute capability 8.0 or later",
+                found=f"{self.dtype} on {torch.cuda.get_device_name()}",
+                next_step=f"Use --moe-backend {BATCHED}.",
+            )
 
     @property
     def torch_dtype(self) -> torch.dtype:
         """The dtype of compute as torch names it."""
         return DTYPES[self.dtype]
+
+
+def supports_cutlass(device: str, dtype: str) -> bool:
+    """Return whether torch has a grouped product for a device and dtype; on the CPU it takes all."""
+    is_new = device == "cpu" or torch.cuda.get_device_capability() >= _CUTLASS_CAPABILITY
+    return is_new and (device == "cpu" or dtype == "bfloat16")
+
+
+def supports_triton(device: str) -> bool:
+    """Return whether the fused kernels run on a device: on Hopper and later, or anywhere in triton's interpreter."""
+    if is_interpreted():
+        return True
+    return device == "cuda" and torch.cuda.get_device_capability() >= _TRITON_CAPABILITY
 
 
 def resolve_dtype(name: str, checkpoint_dtype: str) -> str:

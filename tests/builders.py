@@ -104,6 +104,17 @@ def small_checkpoint(
     return write_checkpoint(folder, random_tensors(schema, seed), config, num_shards)
 
 
+def write_byte_tokenizer(folder: Path) -> None:
+    """Write a tokenizer.json that gives each byte its own token, for a vocabulary of at least 256."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Tokenizer(models.BPE({letter: rank for rank, letter in enumerate(letters)}, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.save(str(folder / "tokenizer.json"))
+
+
 def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
     """Return all tensors of a folder through the safetensors library."""
     from safetensors.torch import load_file

@@ -78,8 +78,15 @@ Examples:
     help="Of compute; auto takes the checkpoint's own. Router, norms and softmax are float32 in any case.",
 )
 @device_option
+@click.option(
+    "--moe-backend",
+    type=click.Choice(["auto", "vanilla", "batched", "cutlass", "triton"]),
+    default="auto",
+    show_default=True,
+    help="What multiplies the experts; auto takes what suits device and weights, and says why.",
+)
 @output_options
-def command(output: Output, checkpoint: Path, dtype: str, device: str, **options: Any) -> None:
+def command(output: Output, checkpoint: Path, dtype: str, device: str, moe_backend: str, **options: Any) -> None:
     """Smoke test: run CKPT on a prompt and print what it says, as it says it."""
     from runtime.config import EngineConfig, resolve_device, resolve_dtype
     from runtime.engine.request import SamplingParams
@@ -89,7 +96,7 @@ def command(output: Output, checkpoint: Path, dtype: str, device: str, **options
     names = ("max_tokens", "temperature", "top_p", "top_k", "seed")
     params = SamplingParams(**{name: options[name] for name in names})
     config = Glm4MoeConfig.from_folder(checkpoint)
-    how = EngineConfig(dtype=resolve_dtype(dtype, config.dtype), device=resolve_device(device))
+    how = EngineConfig(dtype=resolve_dtype(dtype, config.dtype), device=resolve_device(device), moe_backend=moe_backend)
     tokenizer = Tokenizer.open(checkpoint)
     prompts = _encoded_prompts(tokenizer, config, how, options)
     engine = _load(output, checkpoint, how)
@@ -161,6 +168,8 @@ def _load(output: Output, checkpoint: Path, how: "EngineConfig") -> "Engine":
         loader = ModelLoader(source, how, with_mtp=False)
         for note in loader.notes:
             output.warning(note)
+        for choice in loader.choices:
+            output.note(choice)
         with output.progress("load", loader.total_bytes) as progress:
             loader.fill(loader.parameter_names, progress.advance)
     return Engine(loader.model, how, end_token_ids)

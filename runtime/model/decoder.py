@@ -18,6 +18,7 @@ from runtime.model.linear import Linear, unfilled
 from runtime.model.mlp import GatedMlp
 from runtime.model.norm import RMSNorm
 from runtime.model.step import Step, build_step
+from runtime.moe.plan import VANILLA_PLAN, MoePlan
 from runtime.moe.router import RoutingObserver
 from runtime.moe.runner import MoE
 
@@ -40,10 +41,10 @@ class DecoderLayer(nn.Module):
     Args:
         config: the model.
         layer: index; from first_k_dense_replace on the MLP is a mixture of experts.
-        moe_backend: what multiplies the experts.
+        plan: what multiplies the experts.
     """
 
-    def __init__(self, config: Glm4MoeConfig, layer: int, moe_backend: str) -> None:
+    def __init__(self, config: Glm4MoeConfig, layer: int, plan: MoePlan) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = Attention(config)
@@ -52,7 +53,7 @@ class DecoderLayer(nn.Module):
         if layer < config.first_k_dense_replace:
             self.mlp = GatedMlp(config.hidden_size, config.intermediate_size)
         else:
-            self.mlp = MoE(config, layer, moe_backend)
+            self.mlp = MoE(config, layer, plan)
 
     def forward(self, hidden_BTD: torch.Tensor, step: Step, cache: LayerCache | None = None) -> torch.Tensor:
         """Return the hidden state (B, T, D) behind this layer."""
@@ -66,12 +67,10 @@ class DecoderLayer(nn.Module):
 class Decoder(nn.Module):
     """Embedding, layers, final norm. `layers` may hold the MTP layer behind the last decoder layer."""
 
-    def __init__(self, config: Glm4MoeConfig, moe_backend: str) -> None:
+    def __init__(self, config: Glm4MoeConfig, plan: MoePlan) -> None:
         super().__init__()
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(
-            DecoderLayer(config, layer, moe_backend) for layer in range(config.num_hidden_layers)
-        )
+        self.layers = nn.ModuleList(DecoderLayer(config, layer, plan) for layer in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
 
@@ -80,13 +79,13 @@ class CausalLM(nn.Module):
 
     Args:
         config: the model.
-        moe_backend: what multiplies the experts.
+        plan: what multiplies the experts.
     """
 
-    def __init__(self, config: Glm4MoeConfig, moe_backend: str = "vanilla") -> None:
+    def __init__(self, config: Glm4MoeConfig, plan: MoePlan = VANILLA_PLAN) -> None:
         super().__init__()
         self.config = config
-        self.model = Decoder(config, moe_backend)
+        self.model = Decoder(config, plan)
         self.lm_head = Linear(config.hidden_size, config.vocab_size)
 
     @property

@@ -3,6 +3,8 @@
 Shapes: D hidden, F intermediate.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -27,3 +29,8 @@ class GatedMlp(nn.Module):
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """Map (..., D) to (..., D) in the same dtype."""
         return self.down_proj(F.silu(self.gate_proj(hidden)) * self.up_proj(hidden))
+
+    def several(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Do what `forward` does for several inputs, each by itself, and widen each weight once."""
+        gates, ups = self.gate_proj.several(inputs), self.up_proj.several(inputs)
+        return self.down_proj.several([F.silu(gate) * up for gate, up in zip(gates, ups, strict=True)])

@@ -15,6 +15,7 @@ from runtime.model.decoder import CausalLM, DecoderLayer
 from runtime.model.linear import Linear
 from runtime.model.norm import RMSNorm
 from runtime.model.step import build_step
+from runtime.moe.plan import MoePlan
 from runtime.moe.router import RoutingObserver
 
 # positions whose logits are held at once: 256 x 151552 fp32 = 148 MiB
@@ -32,8 +33,8 @@ class SharedHead(nn.Module):
 class MtpLayer(DecoderLayer):
     """norm(layer(eh_proj([enorm(embedding), hnorm(hidden)]))): a MoE decoder layer with the index num_hidden_layers."""
 
-    def __init__(self, config: Glm4MoeConfig, moe_backend: str) -> None:
-        super().__init__(config, config.num_hidden_layers, moe_backend)
+    def __init__(self, config: Glm4MoeConfig, plan: MoePlan) -> None:
+        super().__init__(config, config.num_hidden_layers, plan)
         self.config = config
         self.enorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.hnorm = RMSNorm(config.hidden_size, config.rms_norm_eps)

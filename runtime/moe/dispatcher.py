@@ -1,11 +1,17 @@
 """Bring each token's copies to their experts, and the results back.
 
-Shapes: T tokens, D hidden, K experts per token, R = T * K routed rows, E experts.
+`dispatch` and `combine` copy rows for experts that run one after the other. Grouped experts start from `Slots`, from
+which each backend makes the layout it needs, and hand back one result for each slot: whichever rank, layout or order
+they come from, `combine_slots` adds them in one order.
+
+Shapes: T tokens, D hidden, K experts per token, R = T * K routed rows, E experts; S = T * K slots, P rows with padding.
 """
 
 from dataclasses import dataclass
 
 import torch
+
+from runtime.moe.workspace import Workspace
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,8 +38,88 @@ def dispatch(hidden_TD: torch.Tensor, topk_ids_TK: torch.Tensor, num_experts: in
 
 
 def combine(rows_RD: torch.Tensor, topk_weights_TK: torch.Tensor, dispatched: Dispatched) -> torch.Tensor:
-    """Return the weighted sums (T, D) fp32 of the experts' results (R, D), added in the order of the K choices."""
-    rows_by_slot_RD = torch.empty_like(rows_RD)
-    rows_by_slot_RD[dispatched.slots_R] = rows_RD
-    rows_TKD = rows_by_slot_RD.view(*topk_weights_TK.shape, -1).to(torch.float32)
-    return (rows_TKD * topk_weights_TK[..., None]).sum(1)
+    """Return the weighted sums (T, D) fp32 of the experts' results (R, D), added in ascending order of experts.
+
+    That is the order in which a model that has one expert at a time in memory adds them up.
+    """
+    num_choices = topk_weights_TK.shape[1]
+    row_of_slot_R = torch.empty_like(dispatched.slots_R)
+    row_of_slot_R[dispatched.slots_R] = torch.arange(len(rows_RD), device=rows_RD.device)
+    # rows lie expert by expert, so that of a token's rows the first is that of its lowest expert
+    rows_TK, choices_TK = row_of_slot_R.view(-1, num_choices).sort(dim=1)
+    weights_TK = topk_weights_TK.gather(1, choices_TK)
+    sums_TD = torch.zeros(len(rows_TK), rows_RD.shape[1], device=rows_RD.device)
+    for choice in range(num_choices):
+        sums_TD += rows_RD[rows_TK[:, choice]].to(torch.float32) * weights_TK[:, choice, None]
+    return sums_TD
+
+
+@dataclass(frozen=True, slots=True)
+class Slots:
+    """What each token's slots ask for; see `runtime.moe.layouts`.
+
+    Args:
+        ids_TK: int32 experts, FILTERED where another rank computes the slot; a fused shared expert is the last choice.
+        weights_TK: fp32, what the expert's result is multiplied with; 1 for the shared expert.
+        num_experts: local experts that ids count, the shared one included.
+        num_shared: how many of them are shared; the last ones.
+    """
+
+    ids_TK: torch.Tensor
+    weights_TK: torch.Tensor
+    num_experts: int
+    num_shared: int
+
+    @property
+    def num_slots(self) -> int:
+        """T * K."""
+        return self.ids_TK.numel()
+
+    @property
+    def num_choices(self) -> int:
+        """K, the shared expert included."""
+        return self.ids_TK.shape[1]
+
+
+def slots_of(topk_ids_TK: torch.Tensor, topk_weights_TK: torch.Tensor, num_routed: int, num_shared: int) -> Slots:
+    """Return the slots of a routing (T, K), with a fused shared expert as one more choice of every token.
+
+    Its weight is 1: routed weights bear routed_scaling_factor already, and the shared expert never does.
+    """
+    ids_TK = topk_ids_TK.to(torch.int32)
+    if num_shared:
+        num_tokens = len(ids_TK)
+        ids_TK = torch.cat((ids_TK, ids_TK.new_full((num_tokens, 1), num_routed)), 1)
+        topk_weights_TK = torch.cat((topk_weights_TK, topk_weights_TK.new_ones(num_tokens, 1)), 1)
+    return Slots(ids_TK, topk_weights_TK, num_routed + num_shared, num_shared)
+
+
+def gather_rows(hidden_TD: torch.Tensor, slots_P: torch.Tensor, num_choices: int, out_PD: torch.Tensor) -> None:
+    """Copy the token of each row's slot (P,) to out (P, D); padding gets the first token, and nobody reads the result.
+
+    Source: permute of a grouped product, `index_select` being the one copy.
+    """
+    tokens_P = slots_P.clamp(min=0) // num_choices
+    torch.index_select(hidden_TD, 0, tokens_P, out=out_PD)
+
+
+def rows_to_slots(rows_PD: torch.Tensor, position_of_slot: torch.Tensor, out_SD: torch.Tensor) -> None:
+    """Copy each slot's row (P, D) to out (S, D), zero where the slot is filtered."""
+    torch.index_select(rows_PD, 0, position_of_slot.clamp(min=0), out=out_SD)
+    out_SD.masked_fill_((position_of_slot < 0)[:, None], 0)
+
+
+def combine_slots(values_SD: torch.Tensor, slots: Slots, workspace: Workspace) -> torch.Tensor:
+    """Return the weighted sums (T, D) fp32 of slots' results (S, D), added in the order of slots, in fp32.
+
+    No other token, rank or layout changes the order. The result lies in the workspace.
+    """
+    num_tokens, num_choices = slots.ids_TK.shape
+    values_TKD = values_SD.view(num_tokens, num_choices, -1)
+    shape = (num_tokens, values_SD.shape[1])
+    sums_TD = workspace.take("sums", shape, torch.float32).zero_()
+    weighted_TD = workspace.take("weighted", shape, torch.float32)
+    for choice in range(num_choices):
+        torch.mul(values_TKD[:, choice], slots.weights_TK[:, choice, None], out=weighted_TD)
+        sums_TD += weighted_TD
+    return sums_TD

@@ -14,7 +14,7 @@ from torch import nn
 from converters.config import Glm4MoeConfig
 from runtime.model.linear import unfilled
 
-_RENORMALIZE_EPS = 1e-20
+RENORMALIZE_EPS = 1e-20
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,21 +37,70 @@ class Routing:
 RoutingObserver = Callable[[Routing], None]
 
 
-class Router(nn.Module):
-    """Sigmoid router with a correction bias and a group limit."""
+# rows of a product whose shape does not depend on the number of tokens
+_FIXED_ROWS = 16
 
-    def __init__(self, config: Glm4MoeConfig, layer: int) -> None:
+
+class Router(nn.Module):
+    """Sigmoid router with a correction bias and a group limit.
+
+    Args:
+        config: the model.
+        layer: index of the decoder layer.
+        is_batch_invariant: a token's logits do not depend on what it is batched with.
+    """
+
+    def __init__(self, config: Glm4MoeConfig, layer: int, *, is_batch_invariant: bool = False) -> None:
         super().__init__()
         self.config = config
         self.layer = layer
+        self.is_batch_invariant = is_batch_invariant
         self.weight = unfilled(config.n_routed_experts, config.hidden_size)
         self.e_score_correction_bias = unfilled(config.n_routed_experts)
 
     def forward(self, hidden_TD: torch.Tensor) -> Routing:
         """Route T tokens (T, D) of any float dtype."""
-        logits_TE = F.linear(hidden_TD.to(torch.float32), self.weight.to(torch.float32))
-        ids_TK, weights_TK = choose_experts(logits_TE, self.e_score_correction_bias.to(torch.float32), self.config)
+        logits_TE = self.logits(hidden_TD)
+        ids_TK, weights_TK = self.choose(logits_TE)
         return Routing(self.layer, logits_TE, ids_TK, weights_TK)
+
+    def choose(self, logits_TE: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return ids and weights (T, K) of logits (T, E); see `choose_experts`."""
+        choose = choose_in_blocks if self.is_batch_invariant else choose_experts
+        return choose(logits_TE, self.bias_E, self.config)
+
+    def logits(self, hidden_TD: torch.Tensor) -> torch.Tensor:
+        """Return router logits (T, E) fp32 of T tokens (T, D) of any float dtype."""
+        multiply = fixed_linear if self.is_batch_invariant else F.linear
+        return multiply(hidden_TD.to(torch.float32), self.weight.to(torch.float32))
+
+    @property
+    def bias_E(self) -> torch.Tensor:  # noqa: N802
+        """The correction bias, fp32."""
+        return self.e_score_correction_bias.to(torch.float32)
+
+
+def fixed_linear(hidden_TD: torch.Tensor, weight_ED: torch.Tensor) -> torch.Tensor:
+    """Return hidden times the transposed weight (T, E), computed in products of a fixed number of rows."""
+    num_tokens = len(hidden_TD)
+    padded_TD = F.pad(hidden_TD, (0, 0, 0, -num_tokens % _FIXED_ROWS))
+    blocks_BMD = padded_TD.unflatten(0, (-1, _FIXED_ROWS))
+    weight_BDE = weight_ED.T.expand(len(blocks_BMD), -1, -1)
+    return torch.bmm(blocks_BMD, weight_BDE).flatten(0, 1)[:num_tokens]
+
+
+def choose_in_blocks(
+    router_logits_TE: torch.Tensor, expert_bias_E: torch.Tensor, config: Glm4MoeConfig
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return what `choose_experts` does, from a fixed number of tokens at a time.
+
+    Torch computes a sigmoid in vectors and what is left over one by one, which differs in the last bit; and it adds up
+    few numbers in another order where there are many rows of them.
+    """
+    padded_TE = F.pad(router_logits_TE, (0, 0, 0, -len(router_logits_TE) % _FIXED_ROWS))
+    found = [choose_experts(block_ME, expert_bias_E, config) for block_ME in padded_TE.split(_FIXED_ROWS)]
+    ids_TK, weights_TK = (torch.cat(parts)[: len(router_logits_TE)] for parts in zip(*found, strict=True))
+    return ids_TK, weights_TK
 
 
 def choose_experts(
@@ -66,7 +115,7 @@ def choose_experts(
     ids_TK = _top(choice_TE, config.num_experts_per_tok)
     weights_TK = scores_TE.gather(1, ids_TK)
     if config.norm_topk_prob:
-        weights_TK = weights_TK / (weights_TK.sum(-1, keepdim=True) + _RENORMALIZE_EPS)
+        weights_TK = weights_TK / (weights_TK.sum(-1, keepdim=True) + RENORMALIZE_EPS)
     return ids_TK, weights_TK * config.routed_scaling_factor
 
 

@@ -88,6 +88,31 @@ def test_generate_json_is_one_document(program: Program, checkpoint: Path) -> No
     assert completion == {"prompt": "abc", "text": text, "finish_reason": "length", "num_prompt_tokens": 3}
 
 
+@pytest.mark.parametrize("backend", ["vanilla", "batched", "cutlass"])
+def test_generate_says_the_same_with_every_backend(program: Program, checkpoint: Path, backend: str) -> None:
+    options = ("--prompt", "abc", "--max-tokens", "9", "--dtype", "float32", "--moe-backend", backend)
+    ended = program("generate", str(checkpoint), *options)
+    assert ended.exit_code == 0
+    assert "backend" not in ended.stderr
+    exact = program("generate", str(checkpoint), *options[:-1], "vanilla")
+    assert ended.stdout == exact.stdout
+
+
+def test_generate_says_which_backend_auto_takes_and_why(program: Program, checkpoint: Path) -> None:
+    ended = program("generate", str(checkpoint), "--prompt", "abc", "--max-tokens", "2")
+    (line,) = [line for line in ended.stderr.splitlines() if "backend" in line]
+    assert line == (
+        "Experts run in the backend vanilla: on the CPU launches cost little, and it copies no weights (256 rows for "
+        "each expert of a prefill chunk)."
+    )
+
+
+def test_generate_refuses_a_backend_without_its_device(program: Program, checkpoint: Path) -> None:
+    ended = program("generate", str(checkpoint), "--prompt", "abc", "--moe-backend", "triton", "--device", "cpu")
+    assert ended.exit_code == 2
+    assert ended.stderr.startswith("Error: moe_backend 'triton': expected a GPU of compute capability 9.0 or later")
+
+
 def test_generate_same_seed_same_text(program: Program, checkpoint: Path) -> None:
     texts = [
         program(

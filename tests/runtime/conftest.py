@@ -13,6 +13,8 @@ from transformers import Glm4MoeConfig as HfConfig
 from transformers import Glm4MoeForCausalLM
 from transformers.models.glm4_moe.modeling_glm4_moe import Glm4MoeDecoderLayer, Glm4MoeRMSNorm, Glm4MoeTopkRouter
 
+from fixtures.recipe.names import official_names
+
 SIZES: dict[str, Any] = {
     "vocab_size": 96,
     "hidden_size": 32,
@@ -58,20 +60,7 @@ class HfMtpLayer(nn.Module):
 
     def named(self, layer: int) -> dict[str, torch.Tensor]:
         """Return the tensors under the names of the official checkpoints."""
-        renames = {"layer.": "", "norm.": "shared_head.norm."}
-        named = {}
-        for name, value in self.state_dict().items():
-            old = next((old for old in renames if name.startswith(old)), "")
-            short = renames[old] + name[len(old) :] if old else name
-            base, _, last = short.rpartition(".")
-            if last == "gate_up_proj":
-                for expert, matrix in enumerate(value):
-                    gate, up = matrix.chunk(2)
-                    named |= {f"{base}.{expert}.gate_proj.weight": gate, f"{base}.{expert}.up_proj.weight": up}
-            elif last == "down_proj":
-                named |= {f"{base}.{expert}.down_proj.weight": matrix for expert, matrix in enumerate(value)}
-            else:
-                named[short] = value
+        named = official_names(self.state_dict(), {"layer.": "", "norm.": "shared_head.norm."})
         return {f"model.layers.{layer}.{name}": value for name, value in named.items()}
 
 

@@ -9,7 +9,30 @@ from runtime.config import EngineConfig, resolve_device, resolve_dtype
     [
         ({"dtype": "float16"}, "dtype 'float16': expected one of float32, bfloat16"),
         ({"device": "tpu"}, "device 'tpu': expected one of cpu, cuda"),
-        ({"moe_backend": "triton"}, "moe_backend 'triton': expected one of vanilla"),
+        ({"moe_backend": "fast"}, "moe_backend 'fast': expected one of auto, vanilla, batched, cutlass, triton"),
+        (
+            {"moe_backend": "triton"},
+            "moe_backend 'triton': expected a GPU of compute capability 9.0 or later, or TRITON_INTERPRET=1, found the "
+            "CPU. Use --moe-backend batched.",
+        ),
+        ({"fused_shared_experts": "yes"}, "fused_shared_experts 'yes': expected one of auto, on, off"),
+        (
+            {"moe_backend": "vanilla", "fused_shared_experts": "on"},
+            "moe_backend 'vanilla': expected batched, cutlass or triton with fused_shared_experts 'on', found experts "
+            "that run one after the other",
+        ),
+        (
+            {"moe_backend": "vanilla", "moe_deterministic": True},
+            "moe_backend 'vanilla': expected batched or triton with moe_deterministic, found vanilla",
+        ),
+        (
+            {"moe_backend": "cutlass", "moe_deterministic": True},
+            "moe_backend 'cutlass': expected batched or triton with moe_deterministic, found cutlass",
+        ),
+        (
+            {"moe_backend": "batched", "moe_deterministic": True, "fused_shared_experts": "off"},
+            "fused_shared_experts 'off': expected on or auto with moe_deterministic, found off",
+        ),
         ({"max_context_tokens": 0}, "max_context_tokens: expected at least 1, found 0"),
         ({"prefill_chunk_tokens": -1}, "prefill_chunk_tokens: expected at least 1, found -1"),
     ],
@@ -17,6 +40,51 @@ from runtime.config import EngineConfig, resolve_device, resolve_dtype
 def test_engine_config_unsupported_value_is_refused_by_name(changes, message):
     with pytest.raises(UsageError) as error:
         EngineConfig(**changes)
+    assert str(error.value) == message
+
+
+def test_engine_config_triton_is_taken_by_the_interpreter(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert EngineConfig(moe_backend="triton").moe_backend == "triton"
+
+
+@pytest.mark.parametrize(
+    ("backend", "dtype", "capability", "message"),
+    [
+        (
+            "triton",
+            "bfloat16",
+            (8, 9),
+            "moe_backend 'triton': expected a GPU of compute capability 9.0 or later, or TRITON_INTERPRET=1, found "
+            "Some GPU. Use --moe-backend batched.",
+        ),
+        (
+            "cutlass",
+            "bfloat16",
+            (7, 5),
+            "moe_backend 'cutlass': expected bfloat16 on a GPU of compute capability 8.0 or later, found bfloat16 on "
+            "Some GPU. Use --moe-backend batched.",
+        ),
+        (
+            "cutlass",
+            "float32",
+            (9, 0),
+            "moe_backend 'cutlass': expected bfloat16 on a GPU of compute capability 8.0 or later, found float32 on "
+            "Some GPU. Use --moe-backend batched.",
+        ),
+        ("triton", "bfloat16", (9, 0), None),
+        ("cutlass", "bfloat16", (8, 0), None),
+    ],
+)
+def test_engine_config_backend_asks_for_the_gpu_that_it_needs(monkeypatch, backend, dtype, capability, message):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda: capability)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda: "Some GPU")
+    if message is None:
+        assert EngineConfig(device="cuda", dtype=dtype, moe_backend=backend).moe_backend == backend
+        return
+    with pytest.raises(UsageError) as error:
+        EngineConfig(device="cuda", dtype=dtype, moe_backend=backend)
     assert str(error.value) == message
 
 

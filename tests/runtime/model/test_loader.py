@@ -154,16 +154,16 @@ def quantize_and(change):
 
 
 INCOMPLETE = (
-    "expected in the checkpoint, as its config says, found none; {} such tensors. "
+    "expected in the checkpoint, as its config says, found none{}. "
     "The checkpoint is incomplete, or its config.json is another model's."
 )
 BROKEN = {
-    "missing_expert": (drop(EXPERT), f"tensor {EXPERT}: {INCOMPLETE.format(1)}"),
-    "missing_two": (drop(EXPERT, "model.norm.weight"), f"tensor {EXPERT}: {INCOMPLETE.format(2)}"),
-    "missing_mtp_expert": (drop(MTP_EXPERT), f"tensor {MTP_EXPERT}: {INCOMPLETE.format(1)}"),
+    "missing_expert": (drop(EXPERT), f"tensor {EXPERT}: {INCOMPLETE.format('')}"),
+    "missing_two": (drop(EXPERT, "model.norm.weight"), f"tensor {EXPERT}: {INCOMPLETE.format(', nor 1 other')}"),
+    "missing_mtp_expert": (drop(MTP_EXPERT), f"tensor {MTP_EXPERT}: {INCOMPLETE.format('')}"),
     "missing_router_bias": (
         drop("model.layers.1.mlp.gate.e_score_correction_bias"),
-        f"tensor model.layers.1.mlp.gate.e_score_correction_bias: {INCOMPLETE.format(1)}",
+        f"tensor model.layers.1.mlp.gate.e_score_correction_bias: {INCOMPLETE.format('')}",
     ),
     "unknown_name": (
         put("model.layers.1.mlp.surprise.weight", torch.ones(2)),

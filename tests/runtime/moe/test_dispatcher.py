@@ -34,3 +34,13 @@ def test_combine_adds_bf16_rows_in_fp32():
     combined = combine(rows, torch.ones(1, 3), dispatched)
     assert combined.dtype is torch.float32
     assert combined.item() == 1 + 2**-8
+
+
+def test_combine_adds_in_the_order_of_experts_whatever_the_order_of_choices():
+    """1 + 2^-24 stays 1 in fp32, twice; 2^-24 + 2^-24 first gives the next number above 1."""
+    tiny = 2.0**-24
+    by_expert = torch.tensor([[tiny], [tiny], [1.0]])
+    for ids in ([0, 1, 2], [2, 1, 0], [1, 2, 0]):
+        dispatched = dispatch(torch.ones(1, 1), torch.tensor([ids]), num_experts=3)
+        assert combine(by_expert, torch.ones(1, 3), dispatched).item() == 1 + 2 * tiny
+        assert combine(by_expert.flip(0), torch.ones(1, 3), dispatched).item() == 1.0

@@ -1,0 +1,119 @@
+"""Expert parallelism in one process: ranks compute their slots, and the sum is that of one rank."""
+
+import pytest
+import torch
+
+from converters.shard.mapping import ParallelMapping, Placement
+from runtime.moe.batched import BatchedExperts
+from runtime.moe.dispatcher import Slots, combine_slots
+from runtime.moe.expert_map import ExpertMap
+from runtime.moe.experts import GroupedExperts, LocalExperts
+from runtime.moe.grouped import CutlassExperts
+from runtime.moe.layouts import FILTERED
+from runtime.moe.weights import ExpertScheme, ExpertWeights, plain_weights
+from runtime.moe.workspace import Workspace
+from tests.runtime.moe.expert_layers import exact_layer, random_experts, random_slots, values_of
+
+E, H, I, K, T = 12, 64, 32, 4, 21  # noqa: E741
+BACKENDS: dict[str, GroupedExperts] = {
+    "batched": BatchedExperts(is_batch_invariant=True),
+    "batched, masked layout": BatchedExperts(is_masked=True),
+    "cutlass": CutlassExperts(),
+}
+
+
+def held_by(ep: int, placement: Placement, redundant: int) -> list[list[int]]:
+    """Return the experts of each rank; all of them have the shared expert, E."""
+    mapping = ParallelMapping(tp=ep, ep=ep, placement=placement, redundant_experts=redundant)
+    return [[*experts, E] for experts in mapping.slots(E)]
+
+
+def share(weights: ExpertWeights, held: tuple[int, ...]) -> LocalExperts:
+    gate, up, down = (value[list(held)] for value in values_of(weights, torch.float32))
+    return LocalExperts(plain_weights(gate, up, down, num_shared=1))
+
+
+def results(backend: GroupedExperts, hidden: torch.Tensor, slots: Slots, experts: LocalExperts) -> torch.Tensor:
+    return backend.slot_results(hidden, slots, experts, Workspace(hidden.device))
+
+
+def over_ranks(
+    backend: GroupedExperts, held: list[list[int]], hidden: torch.Tensor, slots: Slots, weights: ExpertWeights
+) -> torch.Tensor:
+    """Return the sum of all ranks' slots, each of which one rank has computed."""
+    experts, computed = ExpertMap.of(held, E + 1), torch.zeros(slots.num_slots, dtype=torch.int64)
+    total = torch.zeros(slots.num_slots, H)
+    for rank in range(experts.num_ranks):
+        local = experts.local_slots(slots, rank)
+        total += results(backend, hidden, local, share(weights, experts.held[rank]))
+        computed += (local.ids_TK != FILTERED).flatten()
+    assert computed.tolist() == [1] * slots.num_slots
+    return total
+
+
+def combined(values: torch.Tensor, slots: Slots) -> torch.Tensor:
+    return combine_slots(values, slots, Workspace(values.device)).clone()
+
+
+@pytest.fixture
+def layer() -> tuple[torch.Tensor, Slots, ExpertWeights]:
+    hidden = torch.randn(T, H, generator=torch.Generator().manual_seed(1))
+    return hidden, random_slots(T, E, K), random_experts(ExpertScheme.FP32, E, 1, H, I)
+
+
+@pytest.mark.parametrize("name", ["batched", "batched, masked layout"])
+@pytest.mark.parametrize("placement", Placement)
+@pytest.mark.parametrize(("ep", "redundant"), [(2, 0), (4, 0), (2, 4), (4, 8)])
+def test_ranks_add_up_to_one_rank_bit_for_bit(layer, name, placement, ep, redundant):
+    hidden, slots, weights = layer
+    expected = results(BACKENDS[name], hidden, slots, LocalExperts(weights))
+    total = over_ranks(BACKENDS[name], held_by(ep, placement, redundant), hidden, slots, weights)
+    assert torch.equal(total, expected)
+    assert torch.equal(combined(total, slots), combined(expected, slots))
+
+
+@pytest.mark.parametrize("ep", [2, 4])
+def test_ranks_without_copies_add_up_bit_for_bit_in_products_of_torch(layer, ep):
+    """One rank alone has the shared expert: every expert has the rows that it would have in one rank."""
+    hidden, slots, weights = layer
+    held = ParallelMapping(tp=ep, ep=ep).slots(E)
+    held[0].append(E)
+    expected = results(BACKENDS["cutlass"], hidden, slots, LocalExperts(weights))
+    assert torch.equal(over_ranks(BACKENDS["cutlass"], held, hidden, slots, weights), expected)
+
+
+def test_ranks_with_copies_stay_within_budget_in_products_of_torch(layer):
+    """Copies share an expert's rows, and torch may add up otherwise where there are fewer."""
+    hidden, slots, weights = layer
+    total = over_ranks(BACKENDS["cutlass"], held_by(4, Placement.CONTIGUOUS, 8), hidden, slots, weights)
+    exact = exact_layer(hidden, slots, weights)
+    assert ((combined(total, slots).double() - exact.values).abs() <= exact.budget).all()
+
+
+def test_copies_take_turns_by_token():
+    experts = ExpertMap.of([[0, 1], [1, 0], [1, 2]], 3)
+    assert experts.num_copies_E.tolist() == [2, 3, 1]
+    ids = torch.tensor([[1], [1], [1], [1], [0], [0], [2]], dtype=torch.int32)
+    slots = Slots(ids, torch.ones(7, 1), 3, 0)
+    local = [experts.local_slots(slots, rank).ids_TK[:, 0].tolist() for rank in range(3)]
+    assert local == [[1, -1, -1, 1, 0, -1, -1], [-1, 0, -1, -1, -1, 1, -1], [-1, -1, 0, -1, -1, -1, 1]]
+
+
+def test_turns_go_on_where_an_earlier_part_of_the_batch_ended():
+    experts = ExpertMap.of([[0], [0]], 1)
+    slots = Slots(torch.zeros(4, 1, dtype=torch.int32), torch.ones(4, 1), 1, 0)
+    whole = experts.local_slots(slots, 1).ids_TK.flatten().tolist()
+    tail = Slots(slots.ids_TK[1:], slots.weights_TK[1:], 1, 0)
+    assert experts.local_slots(tail, 1, first_token=1).ids_TK.flatten().tolist() == whole[1:]
+
+
+def test_slots_filtered_before_stay_filtered():
+    experts = ExpertMap.of([[0, 1]], 2)
+    slots = Slots(torch.tensor([[FILTERED, 1]], dtype=torch.int32), torch.ones(1, 2), 2, 0)
+    assert experts.local_slots(slots, 0).ids_TK.tolist() == [[FILTERED, 1]]
+
+
+def test_shared_expert_is_the_last_of_each_rank_that_has_it():
+    experts = ExpertMap.of([[0, 2], [1]], 3)
+    slots = random_slots(4, 2, 1)
+    assert [experts.local_slots(slots, rank).num_shared for rank in range(2)] == [1, 0]

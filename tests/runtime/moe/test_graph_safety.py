@@ -1,0 +1,102 @@
+"""What a CUDA graph asks for, seen on the CPU: nothing waits for a value, and after a warm-up nothing large is made."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from converters.config import Glm4MoeConfig
+from runtime.moe.plan import BATCHED, CUTLASS, VANILLA_PLAN, LayerPlan, MoePlan
+from runtime.moe.runner import MoE
+from runtime.moe.weights import ExpertScheme
+from tests.runtime.moe.moe_blocks import filled_moe
+
+# operators whose result's shape, or the host's next step, depends on values
+_WAITING = {
+    "aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::bincount", "aten::_unique2",
+    "aten::unique_consecutive", "aten::repeat_interleave.Tensor", "aten::equal", "aten::split_with_sizes",
+}  # fmt: skip
+
+
+class Watch(TorchDispatchMode):
+    """Notes operators that wait, and bytes of new memory by operator."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.waiting: set[str] = set()
+        self.new_bytes: list[tuple[str, int]] = []
+        self._kept: list[torch.Tensor] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name, given = func.name(), tree_leaves((args, kwargs or {}))
+        before = {one.untyped_storage().data_ptr() for one in given if isinstance(one, torch.Tensor)}
+        if name in _WAITING:
+            self.waiting.add(name)
+        if name.startswith("aten::index.") and any(
+            isinstance(one, torch.Tensor) and one.dtype is torch.bool for one in given
+        ):
+            self.waiting.add(name)
+        out = func(*args, **(kwargs or {}))
+        for one in tree_leaves(out):
+            if isinstance(one, torch.Tensor) and one.untyped_storage().data_ptr() not in before:
+                self.new_bytes.append((name, one.untyped_storage().nbytes()))
+                # a freed address would look like an old one
+                self._kept.append(one)
+        return out
+
+
+@pytest.fixture
+def config(make_checkpoint: Callable[..., Any]) -> Glm4MoeConfig:
+    return Glm4MoeConfig.from_folder(make_checkpoint().folder)
+
+
+def grouped(config: Glm4MoeConfig, backend: str, num_shared: int = 1) -> MoE:
+    plan = MoePlan(backend, {5: LayerPlan(ExpertScheme.FP32, num_shared)})
+    return filled_moe(config, plan)
+
+
+@pytest.mark.parametrize("backend", [BATCHED, CUTLASS])
+@pytest.mark.parametrize("num_shared", [0, 1])
+def test_grouped_experts_wait_for_nothing(config, backend, num_shared):
+    moe = grouped(config, backend, num_shared)
+    with Watch() as watch:
+        moe(torch.randn(2, 9, config.hidden_size), None)
+    assert watch.waiting == set()
+    assert watch.new_bytes
+
+
+def test_the_loop_over_experts_is_seen_to_wait(config):
+    moe = filled_moe(config, VANILLA_PLAN)
+    with Watch() as watch:
+        moe(torch.randn(2, 9, config.hidden_size), None)
+    assert "aten::bincount" in watch.waiting
+
+
+@pytest.mark.parametrize("backend", [BATCHED, CUTLASS])
+def test_after_warm_up_no_buffer_grows_or_moves_and_no_rows_are_allocated(config, backend):
+    """Torch allocates the two results of its grouped products; all else are indices and router logits."""
+    moe, num_tokens = grouped(config, backend), 60
+    moe.warm_up(num_tokens, torch.float32)
+    assert moe.workspace is not None
+    moe.workspace.is_fixed = True
+    addresses, out = moe.workspace.addresses(), torch.empty(1, num_tokens, config.hidden_size)
+    for size in range(1, num_tokens + 1):
+        hidden = torch.randn(1, size, config.hidden_size)
+        with Watch() as watch:
+            moe(hidden, None, out[:, :size])
+        row_bytes = size * (config.num_experts_per_tok + 1) * config.moe_intermediate_size * 4
+        large = [name for name, num_bytes in watch.new_bytes if num_bytes >= row_bytes]
+        assert large == (["aten::_grouped_mm"] * 2 if backend == CUTLASS else [])
+    assert moe.workspace.addresses() == addresses
+
+
+def test_a_workspace_that_is_fixed_refuses_to_grow(config):
+    moe = grouped(config, BATCHED)
+    moe.warm_up(4, torch.float32)
+    assert moe.workspace is not None
+    moe.workspace.is_fixed = True
+    with pytest.raises(AssertionError, match="after warm-up"):
+        moe(torch.randn(1, 5, config.hidden_size), None)

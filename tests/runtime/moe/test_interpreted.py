@@ -1,0 +1,44 @@
+"""The triton backend with its kernels, in the interpreter: which takes a process of its own."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[3]
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, float]:
+    """What the program says."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("TRITON_")}
+    environment |= {"TRITON_INTERPRET": "1", "TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("triton"))}
+    # threads that wait for each other make small products slow
+    environment |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "tests.runtime.moe.interpreted"]
+    ended = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    return json.loads(ended.stdout)
+
+
+def test_kernels_stay_within_budget_of_fp64(found):
+    shares = {name: share for name, share in found.items() if name != "block" and "rounded" not in name}
+    assert len(shares) == 11
+    assert max(shares.values()) <= 1, shares
+    # a budget that nothing comes near would allow anything
+    assert max(shares.values()) > 0.01, shares
+
+
+def test_codes_are_multiplied_as_their_values(found):
+    """Sums between the two roundings differ in last places, which seldom take a code to its neighbour."""
+    shares = {name: share for name, share in found.items() if "rounded" in name}
+    assert len(shares) == 3
+    assert max(shares.values()) < 0.05, shares
+
+
+def test_block_of_kernels_equals_the_loop_over_experts(found):
+    """fp32 both: some hundred additions in another order."""
+    assert found["block"] < 1e-5
