@@ -97,7 +97,7 @@ def _choose(stored: Mapping[int, StoredExperts], config: Glm4MoeConfig, engine: 
     if engine.device == "cpu":
         if engine.moe_deterministic or engine.fused_shared_experts == ON:
             return BATCHED, "on the CPU it is the one that does what is asked for"
-        return VANILLA, f"on the CPU launches cost little, and it copies no weights ({many})"
+        return VANILLA, f"on the CPU it copies no weights ({many})"
     if supports_triton(engine.device) and engine.dtype == "bfloat16":
         return TRITON, f"kernels for this GPU, which take few rows and many ({many})"
     is_plain = all(found.routed is plain_scheme(engine) for found in stored.values())

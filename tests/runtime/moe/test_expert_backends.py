@@ -95,7 +95,7 @@ def test_backend_multiplies_codes_as_what_they_stand_for(name, scheme, dtype):
 
 @pytest.mark.parametrize("dtype", PLAIN)
 def test_budget_is_exceeded_by_what_goes_wrong_elsewhere(dtype):
-    """Scaling the shared expert, taking up for gate, forgetting a slot, and sums in bf16."""
+    """Scaling the shared expert, taking up for gate, forgetting a slot."""
     experts = LocalExperts(random_experts(PLAIN[dtype], E, 1, H, I))
     hidden, slots = random_hidden(17, dtype), random_slots(17, E, K)
     gate, up, down = values_of(experts.weights, dtype)
