@@ -11,6 +11,7 @@ import converters
 from converters.compare import StructureReport, compare_structure
 from converters.errors import Glm4MoeError, VerificationFailed
 from glm4moe_cli._output import Output
+from runtime.verify.check import counted
 from runtime.verify.report import Levels, Verdict, VerifyReport, build_report
 from runtime.verify.tables import (
     ANSWER_COLUMNS,
@@ -145,7 +146,7 @@ def show(output: Output, report: VerifyReport) -> None:
     if findings:
         output.table("Findings", FINDING_COLUMNS, findings[:MAX_FINDINGS])
         if len(findings) > MAX_FINDINGS:
-            output.hint(f"{len(findings) - MAX_FINDINGS} more findings; --json lists all of them.")
+            output.hint(f"{counted(len(findings) - MAX_FINDINGS, 'more findings')}; --json lists all of them.")
     output.table("Metrics", METRIC_COLUMNS, metric_rows(report))
     _show_weights(output, report)
     _show_models(output, report)
@@ -153,7 +154,8 @@ def show(output: Output, report: VerifyReport) -> None:
         for reason in report.reasons[:MAX_WARNINGS]:
             output.warning(reason)
         if len(report.reasons) > MAX_WARNINGS:
-            output.warning(f"{len(report.reasons) - MAX_WARNINGS} more warnings; --json lists all of them.")
+            more = counted(len(report.reasons) - MAX_WARNINGS, "more warnings")
+            output.warning(f"{more}; --json lists all of them.")
     output.result(report.to_json())
 
 

@@ -64,7 +64,8 @@ class Check:
         if self.value is None:
             return "nothing to measure"
         error = "" if self.se is None else f" +- {self.se:.2g}"
-        found = f"{self.value:.6g}{error} {self.unit}".rstrip()
+        unit = one_of(self.unit) if self.value == 1 else self.unit
+        found = f"{self.value:.6g}{error} {unit}".rstrip()
         return f"{found} ({self.place})" if self.place else found
 
     @property
@@ -73,6 +74,44 @@ class Check:
         if self.value is None or not self.floor or self.at_least:
             return False
         return self.value < INDISTINGUISHABLE * self.floor
+
+
+# units of checks that count things, and not quantities such as nats
+_COUNTS = {
+    name: name.removesuffix("s")
+    for name in (
+        *("answers", "findings", "layers", "models", "more causes", "more findings", "more warnings"),
+        *("problems", "source tensors", "tensors", "tokens"),
+    )
+}
+
+
+def one_of(unit: str) -> str:
+    """Return what a single one of a unit is called; quantities are called the same."""
+    return _COUNTS.get(unit, unit)
+
+
+def counted(count: int, unit: str) -> str:
+    """Return a number of things in words: 1 token, 2 tokens."""
+    return f"{count} {one_of(unit) if count == 1 else unit}"
+
+
+Reason = tuple[Verdict, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Judged:
+    """A check, and what of it is worth a sentence: nothing, unless it is beyond its limit."""
+
+    check: Check
+    reasons: tuple[Reason, ...] = ()
+
+
+def plain(check: Check) -> Judged:
+    """Return a check with a reason of its own words, unless it passes."""
+    if check.verdict is Verdict.PASS:
+        return Judged(check)
+    return Judged(check, ((check.verdict, f"{check.metric} {check.found}, expected {check.expected}"),))
 
 
 # how many standard errors a mean of few tokens may be off by chance

@@ -3,8 +3,7 @@
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from runtime.verify.check import Check, Verdict, judge, worst
-from runtime.verify.layer_checks import Judged, Reason, plain
+from runtime.verify.check import Check, Judged, Reason, Verdict, counted, judge, plain, worst
 from runtime.verify.limits import Bound
 
 if TYPE_CHECKING:
@@ -60,10 +59,10 @@ def judge_engine(found: "EngineComparison | None") -> Iterator[Judged]:
 def text_words(found: "TextReport") -> str:
     """Return how many answers were alike."""
     same = sum(result.first_difference is None for result in found.results)
-    return f"{same} of {len(found.results)} answers equal"
+    return f"{same} of {counted(len(found.results), 'answers')} equal"
 
 
 def engine_words(found: "EngineComparison") -> str:
     """Return how close the engine is."""
     top1 = "" if found.top1 is None else f", top-1 {found.top1:.2%}"
-    return f"engine: NLL {found.nll_difference.mean:+.2g} nats{top1} over {found.num_tokens} tokens"
+    return f"engine: NLL {found.nll_difference.mean:+.2g} nats{top1} over {counted(found.num_tokens, 'tokens')}"

@@ -205,11 +205,18 @@ class RouterSum:
             self._margins.append(margin_R[changed_R].cpu())
             self._tokens.append(token_indices_R.to(finite_R.device)[finite_R][changed_R].cpu())
 
-    def result(self, margin_limit: float | None = None) -> RouterDifference:
+    @property
+    def weight_moved(self) -> float:
+        """Mean share of a token's routing weight that is elsewhere; NaN where no token could be counted."""
+        count = self.num_tokens - self.num_skipped
+        return self._moved / count if count else math.nan
+
+    def result(self, margin_limit: float | None = None, floor: float | None = None) -> RouterDifference:
         """Return the difference over all tokens added; shares are NaN where no token could be counted.
 
         Args:
             margin_limit: a change of the expert set at a larger margin is unexplained; by default DEFAULT_MARGIN_LIMIT.
+            floor: `weight_moved` of the floor run.
         """
         limit = DEFAULT_MARGIN_LIMIT if margin_limit is None else margin_limit
         margins_N = torch.cat(self._margins) if self._margins else torch.empty(0, dtype=torch.float64)
@@ -222,9 +229,10 @@ class RouterSum:
             margin_limit=limit,
             worst_margin=0.0 if worst is None else margins_N[worst].item(),
             worst_token=None if worst is None else int(torch.cat(self._tokens)[worst]),
-            weight_moved=self._moved / count if count else math.nan,
+            weight_moved=self.weight_moved,
             load_shift=math.nan if self._loads_2E is None else total_variation(self._loads_2E),
             logit_max_abs=self._logit_max_abs,
+            weight_moved_floor=floor,
         )
 
 

@@ -3,6 +3,7 @@
 Shape suffixes: R rows of all windows, S scored tokens, D hidden.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from runtime.verify.results import ModelComparison
 from runtime.verify.routing import LayerRouting, RoutingCounter
 from runtime.verify.store import StoredReference
 from runtime.verify.store_layout import CONFIG_FIELDS, ModelRun, Runner, RunOptions, row_starts, tokens_digest
+from runtime.verify.streamed_layers import CANDIDATE
 from runtime.verify.streamed_logits import Scorer
 from runtime.verify.summary import summarize
 from runtime.verify.tokens import EncodedText
@@ -192,7 +194,18 @@ def score_reference(
         summary=summarize(tokens.scores, tokens.windows_T, seed=seed),
         mtp=None,
         floor=None,
+        first_non_finite=tuple(_first_non_finite(stored, run)),
     )
+
+
+def _first_non_finite(stored: StoredReference, run: ModelRun) -> Iterator[str]:
+    """Yield the first layer behind which the candidate's hidden states are not finite, and the first token of it."""
+    for layer, norms_R in sorted(run.norms.items()):
+        bad_N = (~norms_R.isfinite()).nonzero()[:, 0]
+        if len(bad_N):
+            positions = RowPlan(stored.text.token_ids, stored.text.plan.windows).positions
+            yield f"{CANDIDATE}: layer {layer}, hidden state, token {int(positions[bad_N[0]])}"
+            return
 
 
 def _routing(stored: StoredReference, run: ModelRun) -> tuple[LayerRouting, ...]:

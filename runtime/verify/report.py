@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING, Any
 from converters.compare import StructureReport
 from converters.findings import Finding
 from runtime.verify.check import Check as Check
+from runtime.verify.check import Judged, Reason, counted
 from runtime.verify.check import Verdict as Verdict
 from runtime.verify.check import worst as worst
 from runtime.verify.further_checks import judge_engine, judge_text
-from runtime.verify.layer_checks import JUDGES, Divergence, Judged, Reason, first_divergence, is_wrong
+from runtime.verify.layer_checks import Divergence, first_divergence, is_wrong, judge_layers
 from runtime.verify.limits import Limits
+from runtime.verify.logit_checks import judge_logits, judge_mtp
 from runtime.verify.report_words import not_checked, sentences
 from runtime.verify.siblings import Outlier, expert_name, layer_outliers, tensor_outliers
 
@@ -141,6 +143,8 @@ class VerifyReport:
     def headline(self) -> str:
         """Return the verdict and the sentence a reader wants: causes, reasons, what was found, what was not checked."""
         parts = [str(cause) for cause in self.causes[:_IN_HEADLINE]]
+        if len(self.causes) > _IN_HEADLINE:
+            parts.append(f"and {counted(len(self.causes) - _IN_HEADLINE, 'more causes')}")
         parts += self.reasons[:_IN_HEADLINE]
         if len(self.reasons) > _IN_HEADLINE:
             parts.append(f"and {len(self.reasons) - _IN_HEADLINE} more")
@@ -224,7 +228,8 @@ def models_json(models: "ModelComparison | None") -> dict[str, Any]:
     """Return the entries `layers`, `logits`, `mtp`, `floor` and `run` of a report; the single tokens are left out."""
     if models is None:
         return dict.fromkeys(("layers", "logits", "mtp", "floor", "run"))
-    run = {name: getattr(models, name) for name in ("protocol", "dtype", "device", "activations", "notes", "spent")}
+    names = ("protocol", "dtype", "device", "activations", "notes", "first_non_finite", "spent")
+    run = {name: getattr(models, name) for name in names}
     tokens = models.tokens
     logits = None if tokens is None else {"num_scored": len(tokens.scores), "summary": models.summary}
     return {"layers": models.layers or None, "logits": logits, "mtp": models.mtp, "floor": models.floor, "run": run}
@@ -241,8 +246,9 @@ def _model_checks(levels: Levels, limits: Limits | None) -> Iterator[Judged]:
     if levels.layers is None:
         return
     assert limits is not None, "models were run without limits"
-    for judges in JUDGES:
-        yield from judges(levels.layers, limits)
+    yield from judge_layers(levels.layers, limits)
+    yield from judge_logits(levels.layers, limits)
+    yield from judge_mtp(levels.layers.mtp, limits, levels.layers.floor)
 
 
 def _outliers(levels: Levels) -> tuple[Outlier, ...]:

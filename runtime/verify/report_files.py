@@ -170,7 +170,7 @@ def _layer_row(layer: "LayerDifference") -> dict[str, Any]:
     from runtime.verify.results import OutputError, RouterDifference
 
     row: dict[str, Any] = {"layer": layer.layer, "is_mtp": layer.is_mtp}
-    for name in ("attention", "mlp", "residual"):
+    for name in ("attention", "mlp_norm", "mlp", "residual"):
         row |= _prefixed(name, getattr(layer, name), OutputError)
     for name in ("router", "router_own"):
         row |= _prefixed(name, getattr(layer, name), RouterDifference)

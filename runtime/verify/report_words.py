@@ -5,10 +5,10 @@ from typing import TYPE_CHECKING
 
 from converters.compare import Outcome, StructureReport
 from converters.formats.inputs import FULL
-from runtime.verify.check import severity
+from runtime.verify.check import counted, severity
 from runtime.verify.further_checks import engine_words, text_words
 from runtime.verify.limits import INDISTINGUISHABLE
-from runtime.verify.siblings import layer_name, mlp_name
+from runtime.verify.siblings import ATTENTION, NORM, layer_name, mlp_name
 
 if TYPE_CHECKING:
     from converters.contents import ContentsReport
@@ -73,7 +73,9 @@ def _has_mtp(models: "ModelComparison | None") -> bool:
 def structure_words(structure: StructureReport) -> str:
     """Return what became of the tensors."""
     counts = [f"{structure.outcomes[outcome]} {outcome}" for outcome in Outcome if structure.outcomes.get(outcome)]
-    return f"{sum(structure.outcomes.values())} source tensors: {', '.join(counts)}; MTP layer {structure.mtp}"
+    return (
+        f"{counted(sum(structure.outcomes.values()), 'source tensors')}: {', '.join(counts)}; MTP layer {structure.mtp}"
+    )
 
 
 def contents_words(contents: "ContentsReport") -> str:
@@ -85,22 +87,24 @@ def weights_words(weights: "Certificate") -> str:
     """Return how many tensors were compared and how far they are apart."""
     rounded = [summary for summary in weights.summaries if summary.largest_relative_error]
     worst_error = max((summary.largest_relative_error for summary in rounded), default=0.0)
-    words = f"{len(weights.tensors)} tensors compared element by element"
+    words = f"{counted(len(weights.tensors), 'tensors')} compared element by element"
     return f"{words}, relative error at most {worst_error:.3g}" if rounded else words
 
 
 def layers_words(models: "ModelComparison") -> str:
-    """Return the worst half of a layer, and how many tokens the routers send elsewhere."""
-    halves = [
+    """Return the worst part of a layer, and how many tokens the routers send elsewhere."""
+    parts = [
         (layer, part, error)
         for layer in models.layers
-        for part, error in (("attention", layer.attention), (mlp_name(layer), layer.mlp))
+        for part, error in ((ATTENTION, layer.attention), (NORM, layer.mlp_norm), (mlp_name(layer), layer.mlp))
+        if error is not None
     ]
-    layer, part, error = max(halves, key=lambda half: severity(half[2].relative))
+    layer, part, error = max(parts, key=lambda found: severity(found[2].relative))
     floor = "" if error.floor_relative is None else f" (floor {error.floor_relative:.2g})"
-    words = f"worst of {len(models.layers)} layers {layer_name(layer)} {part} {error.relative:.3g}{floor}"
+    words = f"worst of {counted(len(models.layers), 'layers')} {layer_name(layer)} {part} {error.relative:.3g}{floor}"
     if not error.relative:
-        words = f"outputs of {len(models.layers)} layers equal"
+        where = " where they are finite" if any(layer.first_non_finite for layer in models.layers) else ""
+        words = f"outputs of {counted(len(models.layers), 'layers')} equal{where}"
     routers = [layer.router for layer in models.layers if layer.router is not None]
     if not routers:
         return words
@@ -115,7 +119,7 @@ def logits_words(summary: "LogitSummary", floor: "FloorSummary | None") -> str:
     ratio_error = "" if perplexity.ratio_se is None else f" +- {perplexity.ratio_se:.1g}"
     return (
         f"KL {kl.mean:.3g}{kl_error} nats{_floor_words(kl.mean, floor)}, top-1 {summary.top1.mean:.2%}, "
-        f"PPL ratio {perplexity.ratio:.5f}{ratio_error} over {summary.num_tokens} tokens"
+        f"PPL ratio {perplexity.ratio:.5f}{ratio_error} over {counted(summary.num_tokens, 'tokens')}"
     )
 
 

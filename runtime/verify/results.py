@@ -53,6 +53,7 @@ class RouterDifference:
         weight_moved: mean of half the sum over experts of |change of the routing weight|, by the sum of weights.
         load_shift: total variation between both histograms of expert loads, 0 to 1.
         logit_max_abs: largest change of a router logit.
+        weight_moved_floor: `weight_moved` of the floor for the same tokens; None where it was not measured.
     """
 
     changed: float
@@ -64,6 +65,7 @@ class RouterDifference:
     weight_moved: float
     load_shift: float
     logit_max_abs: float
+    weight_moved_floor: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,12 +163,21 @@ class TokenTable:
 
 @dataclass(frozen=True, slots=True)
 class Spent:
-    """What a run took: seconds in all, waiting for reads, and computing; bytes read of both checkpoints; peak plan."""
+    """What a run took.
+
+    Attributes:
+        seconds: in all.
+        seconds_waiting: of them, for reads.
+        bytes_read: of both checkpoints.
+        planned_peak_bytes: of memory.
+        bytes_skipped: of experts that no token goes to, which are left out.
+    """
 
     seconds: float
     seconds_waiting: float
     bytes_read: int
     planned_peak_bytes: int
+    bytes_skipped: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,6 +196,8 @@ class ModelComparison:
         floor: None where it was not measured.
         notes: what was accepted although it is unusual.
         spent: None where nobody measured.
+        first_non_finite: where each model that has NaN or Inf first has it on its own states, e.g. "candidate: layer 3,
+            MLP output, token 17"; empty where layers were asked for, which say it themselves.
     """
 
     protocol: str
@@ -198,3 +211,4 @@ class ModelComparison:
     floor: FloorSummary | None
     notes: tuple[str, ...] = ()
     spent: Spent | None = None
+    first_non_finite: tuple[str, ...] = ()

@@ -17,6 +17,8 @@ MIN_RATIO = 1.5
 MIN_SIBLINGS = 5
 # an expert that saw fewer tokens has an error of its own, by chance
 MIN_EXPERT_TOKENS = 8
+# what parts of a layer are called; its second half without and with experts
+ATTENTION, NORM, MLP_NAMES = "attention", "norm before the MLP", ("MLP", "MoE")
 # scales a median absolute deviation to the standard deviation of a normal distribution
 _MAD_TO_SIGMA = 1.4826
 
@@ -69,14 +71,19 @@ def layer_outliers(layers: "Iterable[LayerDifference]") -> tuple[Outlier, ...]:
     layers = tuple(layers)
     groups: dict[Hashable, dict[str, float]] = {}
     for found in layers:
-        for part, error in (("attention", found.attention), (mlp_name(found), found.mlp)):
-            is_noise = error.floor_relative is not None and error.relative < INDISTINGUISHABLE * error.floor_relative
-            if not found.is_mtp and not is_noise:
+        for part, error in ((ATTENTION, found.attention), (mlp_name(found), found.mlp)):
+            if not found.is_mtp and not _is_noise(error.relative, error.floor_relative):
                 groups.setdefault(part, {})[f"{layer_name(found)} {part}"] = error.relative
         for expert in found.experts:
-            if expert.relative is not None and expert.num_tokens >= MIN_EXPERT_TOKENS:
+            if expert.relative is None or expert.num_tokens < MIN_EXPERT_TOKENS:
+                continue
+            if not _is_noise(expert.relative, found.mlp.floor_relative):
                 groups.setdefault(found.layer, {})[expert_name(found, expert.expert)] = expert.relative
     return tuple(outlier for group in groups.values() for outlier in outliers(group))
+
+
+def _is_noise(relative: float, floor: float | None) -> bool:
+    return floor is not None and relative < INDISTINGUISHABLE * floor
 
 
 def tensor_outliers(weights: "Certificate") -> tuple[Outlier, ...]:
@@ -101,7 +108,7 @@ def expert_name(found: "LayerDifference", expert: int) -> str:
 
 def mlp_name(found: "LayerDifference") -> str:
     """Return what its second half is."""
-    return "MLP" if found.router is None else "MoE"
+    return MLP_NAMES[found.router is not None]
 
 
 def _family(tensor: str) -> str:

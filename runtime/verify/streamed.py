@@ -25,7 +25,8 @@ from runtime.streaming.reading import ReadAhead
 from runtime.streaming.rows import RowPlan
 from runtime.streaming.run import LaneSpec, Matrices, Stream, lane_rows, make_lanes
 from runtime.streaming.sides import Side, plan_batches, runs_mtp
-from runtime.streaming.watch import Watcher
+from runtime.streaming.threads import computing_threads
+from runtime.verify.finite import FiniteWatch
 from runtime.verify.results import ModelComparison, Spent
 from runtime.verify.streamed_layers import CANDIDATE, FLOOR, FORCED, NOISY, REFERENCE, LayerWatch
 from runtime.verify.streamed_logits import Scorer
@@ -103,7 +104,10 @@ class StreamedJob:
 
     @property
     def read_bytes(self) -> int:
-        """Bytes of weights that a run reads of both checkpoints; rows of the embedding are not counted."""
+        """Bytes of weights that a run reads of both checkpoints at most: experts that no token goes to are left out.
+
+        Rows of the embedding are not counted.
+        """
         heads_read = [side.head_names() if LOGITS in self._options.levels else () for side in self._sides]
         batches = [*(batch.names for batch in self._batches), heads_read]
         return sum(
@@ -118,15 +122,20 @@ class StreamedJob:
             InputError: a weight that cannot be read, or a code or scale to be decoded that is not finite.
             ResourceError: no room for the scratch file.
         """
+        with computing_threads(self._plan.num_rows, self._options):
+            return self._run(progress)
+
+    def _run(self, progress: Progress | None) -> ModelComparison:
         begin, options = time.monotonic(), self._options
         advance = progress.advance if progress is not None else lambda _: None
         config = self._sides[0].source.config
         watch = LayerWatch(self._plan, config.n_routed_experts) if LAYERS in options.levels else None
+        finite = watch or FiniteWatch(self._plan, {name: name for name in (REFERENCE, CANDIDATE)})
         matrices = Matrices(config.hidden_size, options, on_disk=self.memory.hidden_on_disk)
         lanes = make_lanes(self._specs, self._sides, matrices, options)
         loaders = [side.loader for side in self._sides]
         with ReadAhead(loaders, self._batches, options.workers, advance) as reads:
-            stream = Stream(lanes, self._sides, self._plan, matrices, reads, watch or Watcher(), options, progress)
+            stream = Stream(lanes, self._sides, self._plan, matrices, reads, finite, options, progress)
             has_mtp = stream.run()
         found = ModelComparison(
             protocol=self._text.plan.protocol,
@@ -139,6 +148,7 @@ class StreamedJob:
             mtp=None,
             floor=None,
             notes=self._notes(),
+            first_non_finite=() if watch is not None else tuple(finite.of_run.values()),
         )
         waited, head_bytes = reads.seconds_waiting, 0
         if LOGITS in options.levels:
@@ -149,6 +159,7 @@ class StreamedJob:
             seconds_waiting=waited,
             bytes_read=reads.bytes_read + head_bytes,
             planned_peak_bytes=self.memory.peak_bytes,
+            bytes_skipped=reads.bytes_skipped,
         )
         return replace(found, spent=spent)
 

@@ -3,14 +3,15 @@
 Shapes: R rows, D hidden, E experts.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
 
 from runtime.moe.router import Routing
 from runtime.streaming.rows import RowPlan
-from runtime.streaming.watch import Values, Watcher
+from runtime.streaming.watch import Values
+from runtime.verify.finite import FiniteWatch
 from runtime.verify.layer_metrics import ExpertSum, OutputErrorSum, RouterSum, ScoreChange
 from runtime.verify.results import LayerDifference
 
@@ -59,28 +60,29 @@ class _Layer:
     residual: _Error = field(default_factory=_free)
     router: RouterSum = field(default_factory=RouterSum)
     router_own: RouterSum = field(default_factory=RouterSum)
+    router_floor: RouterSum = field(default_factory=RouterSum)
     change: ScoreChange = field(default_factory=ScoreChange)
     change_own: ScoreChange = field(default_factory=ScoreChange)
-    non_finite: dict[str, str] = field(default_factory=dict)
 
-    def result(self) -> LayerDifference:
+    def result(self, non_finite: Mapping[str, str]) -> LayerDifference:
         has_router = bool(self.router.num_tokens)
+        floor = self.router_floor.weight_moved if self.router_floor.num_tokens else None
         return LayerDifference(
             layer=self.layer,
             is_mtp=self.is_mtp,
             attention=self.attention.error.result(self.attention.floor_relative),
             mlp=self.mlp.error.result(self.mlp.floor_relative),
             residual=self.residual.error.result(self.residual.floor_relative),
-            router=self.router.result(self.change.margin_limit()) if has_router else None,
+            router=self.router.result(self.change.margin_limit(), floor) if has_router else None,
             router_own=self.router_own.result(self.change_own.margin_limit()) if has_router else None,
             experts=self.experts.result() if has_router else (),
             # the reference's own fault is the candidate's in any case, and what came in is no fault of this layer
-            first_non_finite=next((self.non_finite[lane] for lane in _WORDS if lane in self.non_finite), None),
+            first_non_finite=next((non_finite[lane] for lane in _WORDS if lane in non_finite), None),
             mlp_norm=self.normed.error.result(self.normed.floor_relative),
         )
 
 
-class LayerWatch(Watcher):
+class LayerWatch(FiniteWatch):
     """Measures every layer.
 
     Args:
@@ -91,34 +93,34 @@ class LayerWatch(Watcher):
     """
 
     def __init__(self, plan: RowPlan, num_experts: int) -> None:
-        self._plan, self._num_experts = plan, num_experts
+        super().__init__(plan, _WORDS)
+        self._num_experts = num_experts
         self._now = _Layer(0, False, ExpertSum(0))
         self.layers: list[LayerDifference] = []
 
     def begin(self, layer: int, *, is_mtp: bool) -> None:
         """Start the sums of a layer."""
+        super().begin(layer, is_mtp=is_mtp)
         self._now = _Layer(layer, is_mtp, ExpertSum(self._num_experts))
-
-    def inputs(self, rows_R: torch.Tensor, inputs: Values) -> None:
-        """Look for what is not finite."""
-        self._look("input", rows_R, inputs)
 
     def attention(self, rows_R: torch.Tensor, outputs: Values) -> None:
         """Measure attention."""
-        self._look("attention output", rows_R, outputs)
-        self._now.attention.add(self._tokens(rows_R), outputs)
+        super().attention(rows_R, outputs)
+        self._now.attention.add(self.tokens(rows_R), outputs)
 
     def normed(self, rows_R: torch.Tensor, outputs: Values) -> None:
         """Measure the norm in front of the MLP."""
-        self._look("input of the MLP", rows_R, outputs)
-        self._now.normed.add(self._tokens(rows_R), outputs)
+        super().normed(rows_R, outputs)
+        self._now.normed.add(self.tokens(rows_R), outputs)
 
     def routers(self, rows_R: torch.Tensor, routings: Mapping[str, Routing], biases: Values) -> None:
         """Measure routers."""
-        self._look("router logits", rows_R, {name: routing.router_logits_TE for name, routing in routings.items()})
-        now, tokens_R, ours = self._now, self._tokens(rows_R), routings[REFERENCE]
+        super().routers(rows_R, routings, biases)
+        now, tokens_R, ours = self._now, self.tokens(rows_R), routings[REFERENCE]
         now.router.add(ours, routings[FORCED], biases[REFERENCE], tokens_R)
         now.router_own.add(ours, routings[CANDIDATE], biases[REFERENCE], tokens_R)
+        if FLOOR in routings:
+            now.router_floor.add(ours, routings[FLOOR], biases[REFERENCE], tokens_R)
         now.experts.add_candidate(routings[CANDIDATE].topk_ids_TK)
         for change, noisy in ((now.change, FLOOR), (now.change_own, NOISY)):
             if noisy in routings:
@@ -126,34 +128,20 @@ class LayerWatch(Watcher):
 
     def expert(self, expert: int, rows_R: torch.Tensor, outputs: Values) -> None:
         """Measure an expert."""
-        self._look(f"expert {expert}", rows_R, outputs)
+        super().expert(expert, rows_R, outputs)
         if FORCED in outputs:
-            self._now.experts.add(expert, outputs[REFERENCE], outputs[FORCED], self._tokens(rows_R))
+            self._now.experts.add(expert, outputs[REFERENCE], outputs[FORCED], self.tokens(rows_R))
 
     def mlp(self, rows_R: torch.Tensor, outputs: Values) -> None:
         """Measure the MLP."""
-        self._look("MLP output", rows_R, outputs)
-        self._now.mlp.add(self._tokens(rows_R), outputs)
+        super().mlp(rows_R, outputs)
+        self._now.mlp.add(self.tokens(rows_R), outputs)
 
     def states(self, rows_R: torch.Tensor, states: Values) -> None:
         """Measure what leaves the layer."""
-        self._look("hidden state", rows_R, states)
-        self._now.residual.add(self._tokens(rows_R), states)
+        super().states(rows_R, states)
+        self._now.residual.add(self.tokens(rows_R), states)
 
     def end(self) -> None:
         """Take the layer's figures."""
-        self.layers.append(self._now.result())
-
-    def _tokens(self, rows_R: torch.Tensor) -> torch.Tensor:
-        return self._plan.positions[rows_R]
-
-    def _look(self, where: str, rows_R: torch.Tensor, values: Values) -> None:
-        """Note the first place where a lane is not finite."""
-        for lane in self._unseen(values):
-            finite_R = values[lane].isfinite().all(-1).cpu()
-            if not bool(finite_R.all()):
-                token = int(self._tokens(rows_R)[~finite_R][0])
-                self._now.non_finite[lane] = f"{_WORDS[lane]}: {where}, token {token}"
-
-    def _unseen(self, values: Values) -> Iterable[str]:
-        return [lane for lane in _WORDS if lane in values and lane not in self._now.non_finite]
+        self.layers.append(self._now.result(self.of_layer))

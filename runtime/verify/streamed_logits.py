@@ -116,7 +116,7 @@ class Scorer:
         for rows_R, positions_R in zip(rows, positions, strict=True):
             for block_R, places_R in zip(rows_R.split(LOGIT_ROWS), positions_R.split(LOGIT_ROWS), strict=True):
                 if len(block_R):
-                    ours, theirs = (logits_of(h, matrix, block_R) for h, matrix in zip(self.heads, hidden, strict=True))
+                    ours, theirs = logits_of(self.heads, hidden, block_R)
                     found.append(score_tokens(ours, theirs, ids_T[places_R]))
                     self._note(kind, block_R, (ours, theirs))
         return TokenScores.cat(found)
@@ -134,5 +134,5 @@ class Scorer:
         known_R = self.best.get(kind, (empty, empty))[0][rows_R] >= 0
         for block_R in rows_R[~known_R].split(LOGIT_ROWS):
             if len(block_R):
-                pair = [logits_of(head, matrix, block_R) for head, matrix in zip(self.heads, hidden, strict=True)]
-                self._note(kind, block_R, (pair[0], pair[1]))
+                ours, theirs = logits_of(self.heads, hidden, block_R)
+                self._note(kind, block_R, (ours, theirs))

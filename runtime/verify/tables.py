@@ -22,12 +22,14 @@ WORST_COLUMNS = ("tensor", "stored as", "relative error", "SQNR dB", "slope", "c
 LAYER_COLUMNS = (
     "layer",
     "attention error (floor)",
+    "norm error",
     "MLP error (floor)",
     "slope",
     "SQNR dB",
     "residual error (floor)",
     "expert sets changed",
     "unexplained",
+    "routing weight moved (floor)",
     "changed, free-running",
 )
 EXPERT_COLUMNS = ("expert", "relative error", "slope", "tokens", "tokens of the candidate")
@@ -93,7 +95,7 @@ def answer_rows(text: "TextReport") -> list[Row]:
 
 
 def layer_rows(layers: "Sequence[LayerDifference]") -> list[Row]:
-    """Return one row a layer: relative errors with their floor, cosine and slope of the MLP, residual, routing."""
+    """Return one row a layer: relative errors with their floor, slope and SQNR of the MLP, residual, routing."""
     return [_layer_row(found) for found in layers]
 
 
@@ -102,19 +104,24 @@ def _layer_row(found: "LayerDifference") -> Row:
     return (
         layer_name(found),
         _with_floor(found.attention),
+        "" if found.mlp_norm is None else f"{found.mlp_norm.relative:.3g}",
         _with_floor(found.mlp),
         f"{found.mlp.slope:.5g}",
         f"{found.mlp.sqnr_db:.3g}",
         _with_floor(found.residual),
         "" if router is None else f"{router.changed:.2%}",
         "" if router is None else f"{router.unexplained}",
+        "" if router is None else _beside_floor(router.weight_moved, router.weight_moved_floor),
         "" if own is None else f"{own.changed:.2%}",
     )
 
 
 def _with_floor(error: "OutputError") -> str:
-    floor = "" if error.floor_relative is None else f" ({error.floor_relative:.2g})"
-    return f"{error.relative:.3g}{floor}"
+    return _beside_floor(error.relative, error.floor_relative)
+
+
+def _beside_floor(value: float, floor: float | None) -> str:
+    return f"{value:.3g}" if floor is None else f"{value:.3g} ({floor:.2g})"
 
 
 def expert_rows(layers: "Sequence[LayerDifference]") -> list[Row]:

@@ -18,6 +18,7 @@ from converters.schema import Role
 from converters.source import open_source
 from tests.cli.conftest import Ended
 
+TINY = Path(__file__).parents[2] / "fixtures" / "tiny"
 Program = Callable[..., Ended]
 UP = SCHEMA.tensor(Role.EXPERT, "up_proj.weight", 1, 2).module
 COUNT = len(SCHEMA.tensors)
@@ -158,6 +159,33 @@ def test_report_lists_every_tensor_and_is_the_same_every_time(
     assert program(*call, str(folder)).exit_code == 0
     assert len((folder / "tensors.csv").read_text().splitlines()) == 1 + COUNT
     assert {"report.html", "report.json", "report.md"} <= {file.name for file in folder.iterdir()}
+
+
+def test_candidate_that_headers_refuse_is_explained_before_the_error(program: Program, tmp_path: Path) -> None:
+    source, copy = (small_checkpoint(tmp_path / name, **SIZES, num_hidden_layers=2) for name in ("source", "copy"))
+    path = copy / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    gone = {name for name in index["weight_map"] if name.startswith("model.layers.1.mlp.experts.2.")}
+    index["weight_map"] = {name: file for name, file in index["weight_map"].items() if name not in gone}
+    path.write_text(json.dumps(index))
+    ended = program("verify", str(copy), "--against", str(source))
+    assert (ended.exit_code, ended.stdout, len(gone)) == (4, "", 3)
+    warning, error = ended.stderr.splitlines()
+    assert warning.startswith(
+        "Warning: expert 2 of layer 1: it is in the files, but model.safetensors.index.json does not"
+    )
+    assert error.startswith("Error: ")
+
+
+def test_checkpoint_cut_for_ranks_is_run_like_any_other(program: Program, tmp_path: Path) -> None:
+    cut = tmp_path / "cut"
+    assert program("shard", str(TINY), str(cut), "--tp", "2", "--ep", "2").exit_code == 0
+    few = ("--num-tokens", "32", "--context-length", "32")
+    ended, document = verify(program, (TINY, cut), "--level", "full", *few)
+    found = document["result"]
+    assert (ended.exit_code, found["verdict"], found["scheme"]) == (0, "pass", "identity")
+    assert found["logits"]["summary"]["kl_nats"]["max"] == 0.0
+    assert [layer["mlp"]["relative"] for layer in found["layers"]] == [0.0] * 8
 
 
 @pytest.mark.parametrize("name", ["report.pdf", "report.csv"])

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from runtime.verify.limits import Bound
+from runtime.verify.limits import Bound, Limits
 from runtime.verify.report_html import curves, heat
 from runtime.verify.report_html.curves import Curve, Panel
 from runtime.verify.report_html.heat import Map, log_ramp, share_ramp
@@ -22,32 +22,34 @@ class Chart:
     key: tuple[tuple[str, str], ...] = ()
 
 
-def error_charts(layers: Sequence[LayerDifference], limit: Bound | None, first_off: int | None) -> list[Chart]:
-    """Return the curves of attention, MLP and residual errors.
+def error_charts(layers: Sequence[LayerDifference], limits: Limits | None, first_off: int | None) -> list[Chart]:
+    """Return the curves of attention, norm, MLP and residual errors.
 
     Args:
         layers: all layers, MTP layers last.
-        limit: of the relative errors of attention and MLP, None where there is none.
+        limits: of the errors, None where there are none.
         first_off: layer to be marked.
     """
     forced = "on the reference's input and routing: each layer answers for itself"
-    parts: list[tuple[str, str, Callable[[LayerDifference], OutputError], Bound | None]] = [
+    limit, of_norm = (None, None) if limits is None else (limits.max_layer_error, limits.max_norm_error)
+    parts: list[tuple[str, str, Callable[[LayerDifference], OutputError | None], Bound | None]] = [
         ("Attention output", forced, lambda layer: layer.attention, limit),
+        ("Norm before the MLP", forced, lambda layer: layer.mlp_norm, of_norm),
         ("MLP and MoE output", forced, lambda layer: layer.mlp, limit),
         ("Residual stream", "the candidate on its own states: errors add up", lambda layer: layer.residual, None),
     ]
-    return [_error_chart(layers, *part, first_off) for part in parts]
+    return [_error_chart(layers, *part, first_off) for part in parts if all(map(part[2], layers))]
 
 
 def _error_chart(
     layers: Sequence[LayerDifference],
     heading: str,
     note: str,
-    part: Callable[[LayerDifference], OutputError],
+    part: Callable[[LayerDifference], OutputError | None],
     limit: Bound | None,
     first_off: int | None,
 ) -> Chart:
-    errors = [part(layer) for layer in layers]
+    errors = [error for layer in layers if (error := part(layer)) is not None]
     if not any(error.relative for error in errors):
         return Chart(heading, "equal in every layer", "")
     floors = tuple(error.floor_relative for error in errors)

@@ -82,7 +82,7 @@ def layers_section(report: VerifyReport, layers: Sequence[LayerDifference]) -> d
         "non_finite": [
             f"{layer_name(layer)}: NaN or Inf: {layer.first_non_finite}" for layer in layers if layer.first_non_finite
         ],
-        "errors": error_charts(layers, None if limits is None else limits.max_layer_error, report.first_off),
+        "errors": error_charts(layers, limits, report.first_off),
         "table": layers_table(layers),
         "routing": router_chart(layers),
         "routers": routers_table(layers),

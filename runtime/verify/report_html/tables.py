@@ -41,16 +41,18 @@ def layer_name(layer: LayerDifference) -> str:
 def layers_table(layers: Sequence[LayerDifference]) -> Table:
     """Return every layer's errors, one row a layer."""
     columns = ["layer"]
-    for part in ("attention", "MLP", "residual"):
+    for part in ("attention", "norm before the MLP", "MLP", "residual"):
         columns += [f"{part} error#", "floor#", "worst token#", "SQNR dB#", "slope#"]
     rows = []
     for layer in layers:
-        parts = (layer.attention, layer.mlp, layer.residual)
+        parts = (layer.attention, layer.mlp_norm, layer.mlp, layer.residual)
         rows.append((layer_name(layer), *(cell for part in parts for cell in _output_cells(part))))
     return Table("Errors of every layer", tuple(columns), tuple(rows))
 
 
-def _output_cells(error: OutputError) -> tuple[str, ...]:
+def _output_cells(error: OutputError | None) -> tuple[str, ...]:
+    if error is None:
+        return (figure(None),) * 5
     return (
         figure(error.relative),
         figure(error.floor_relative),
@@ -64,7 +66,8 @@ def routers_table(layers: Sequence[LayerDifference]) -> Table:
     """Return every router's decisions, one row an MoE layer."""
     columns = (
         "layer", "changed#", "unexplained#", "margin limit#", "worst margin#", "at token#", "expert overlap#",
-        "weight moved#", "load shift#", "logit change, max#", "changed, free-running#", "load shift, free-running#",
+        "weight moved#", "floor#", "load shift#", "logit change, max#", "changed, free-running#",
+        "load shift, free-running#",
     )  # fmt: skip
     rows = []
     for layer in layers:
@@ -81,6 +84,7 @@ def routers_table(layers: Sequence[LayerDifference]) -> Table:
                 figure(None) if router.worst_token is None else str(router.worst_token),
                 percent(router.overlap),
                 percent(router.weight_moved),
+                percent(router.weight_moved_floor),
                 percent(router.load_shift),
                 figure(router.logit_max_abs),
                 percent(own.changed if own else None),

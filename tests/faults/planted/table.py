@@ -11,6 +11,9 @@ sys.path[:0] = [str(ROOT / "tests")] * (str(ROOT / "tests") not in sys.path)
 
 from converters.contents import check_contents  # noqa: E402
 from converters.findings import Severity  # noqa: E402
+from runtime.verify.tokens import EncodedText  # noqa: E402
+from tests.faults.planted.at_layers import CASES as LAYER_CASES  # noqa: E402
+from tests.faults.planted.at_layers import Case, Seen, section, see, text  # noqa: E402
 from tests.faults.planted.clean import Clean, clean_runs  # noqa: E402
 from tests.faults.planted.copies import Copies  # noqa: E402
 from tests.faults.planted.faults import FAULTS, Fault  # noqa: E402
@@ -27,8 +30,8 @@ have no manifest that tells of a changed byte, so that only the comparison with 
 level `bytes` finds every changed tensor. No model is run: structure and weights are enough for all of them.
 
 *Caught by*: the level with the first finding; `refused`: headers, index or config contradict each other; the command
-ends with exit code 4 and the first contradiction alone, so the cause beside it is what `diagnose_folders` says when it
-is called; `warn`: a warning, exit code 0 without `--strict`. *Named*: findings or cause name the damaged tensors and
+warns of the cause and ends with exit code 4 and the first contradiction; `warn`: a warning, exit code 0 without
+`--strict`. *Named*: findings or cause name the damaged tensors and
 no other. *Cause*: what the diagnosis proved on the bytes, of the first copy. Faults and hypotheses come from one hand:
 the counts say that these faults are known, not how many unknown ones would be.
 """
@@ -45,6 +48,13 @@ def plant(copies: Copies, fault: Fault, form: str, work: Path) -> Outcome:
     folder = work / "planted"
     folder.mkdir()
     return outcome(copies, fault, form, folder)
+
+
+def at_layers(copies: Copies, case: Case, work: Path, read: EncodedText) -> Seen:
+    """Plant one fault in an empty folder, see what the layers make of it, and remove it again."""
+    folder = work / "at-layers"
+    folder.mkdir()
+    return see(copies, case, folder, read)
 
 
 def alarms(run: Clean, work: Path) -> list[str]:
@@ -112,11 +122,13 @@ def main() -> None:
     try:
         copies = Copies(work)
         outcomes = [plant(copies, fault, form, work) for fault, form in CASES]
+        read = text()
+        seen = [at_layers(copies, case, work, read) for case in LAYER_CASES]
         runs = clean_runs()
         wrong = [run.label for run in runs if alarms(run, work)]
     finally:
         shutil.rmtree(work)
-    DOCUMENT.write_text(document(outcomes, len(runs), len(wrong)))
+    DOCUMENT.write_text(document(outcomes, len(runs), len(wrong)) + section(seen))
 
 
 if __name__ == "__main__":

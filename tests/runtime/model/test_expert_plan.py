@@ -64,7 +64,7 @@ def test_auto_takes_what_suits_gpu_scheme_and_rows(gpu, config, capability, stor
 @pytest.mark.parametrize(
     ("engine", "backend", "note"),
     [
-        ({}, "vanilla", "on the CPU launches cost little, and it copies no weights (256 rows for each expert"),
+        ({}, "vanilla", "on the CPU it copies no weights (256 rows for each expert"),
         ({"fused_shared_experts": "on"}, "batched", "on the CPU it is the one that does what is asked for"),
         ({"moe_deterministic": True}, "batched", "on the CPU it is the one that does what is asked for"),
     ],

@@ -112,6 +112,13 @@ def test_an_expert_with_few_tokens_does_not_stand_out() -> None:
     assert layer_outliers([layer(1, experts=few)]) == ()
 
 
+def test_experts_within_the_noise_floor_do_not_stand_out() -> None:
+    """Two of bf16 to fp16: 5e-8 beside 1e-8, where noise does 0.002."""
+    values = experts(1e-8, 1.1e-8, 1e-8, 0.9e-8, 1e-8, 5e-8)
+    assert layer_outliers([layer(1, experts=values)]) == ()
+    assert len(layer_outliers([layer(1, mlp=error(floor=None), experts=values)])) == 1
+
+
 def figures(name: str, relative: float) -> TensorFigures:
     return TensorFigures(name, Relation.ROUNDED, "fp8", "", 4, 0, "", 1, 0, "", relative, 1.0, 0.0, 1.0)
 

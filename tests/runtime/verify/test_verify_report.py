@@ -139,6 +139,55 @@ def test_unexplained_routing_fails_and_explained_does_not() -> None:
     assert (check.value, check.place) == (33, "layer 3")
 
 
+def test_norm_before_the_mlp_is_judged_beside_both_halves() -> None:
+    """2^-9 is what rounding a gain to bf16 may do, 2^-8 twice that."""
+    values = {2**-9: Verdict.PASS, 0.003: Verdict.WARN, 2**-8: Verdict.WARN, 0.004: Verdict.FAIL}
+    for relative, verdict in values.items():
+        assert judged(layers=(layer(4, mlp_norm=error(relative)),), mtp=None).verdict is verdict
+    report = judged(layers=(layer(4, mlp=error(0.5), mlp_norm=error(0.1)),), mtp=None)
+    assert "layer 4 norm before the MLP: relative error 0.1, 0.2 at token 17, expected <= 0.003906" in report.reasons
+    assert report.first_divergence == Divergence(4, "norm before the MLP", 0.1, 2**-9)
+    assert report.wrong_layers == (4,)
+    assert "worst of 1 layer layer 4 MoE 0.5" in report.headline
+
+
+def test_routing_weight_that_moves_is_judged_above_its_floor() -> None:
+    moved = replace(ROUTER, weight_moved=0.005, weight_moved_floor=0.0005)
+    report = judged(layers=(layer(0, router=None, experts=()), layer(3, router=moved)), mtp=None)
+    assert report.reasons == ("layer 3 router: share of the routing weight moved 0.005, expected <= 0.004",)
+    assert report.first_divergence == Divergence(3, "router", 0.005, 0.002)
+    assert report.wrong_layers == (3,)
+    noisy = replace(moved, weight_moved_floor=0.0026)
+    assert judged(layers=(layer(3, router=noisy),), mtp=None).verdict is Verdict.PASS
+    assert judged(layers=(layer(3, router=replace(moved, weight_moved=math.nan)),), mtp=None).verdict is Verdict.FAIL
+
+
+@pytest.mark.parametrize("part", ["mlp_norm", "router"])
+def test_identity_allows_neither_norm_nor_router_to_differ(part: str) -> None:
+    different = error(1e-9) if part == "mlp_norm" else replace(ROUTER, weight_moved=1e-9)
+    equal = layer(3, attention=error(0.0), mlp=error(0.0), experts=experts(0.0))
+    alone = {"summary": None, "tokens": None, "mtp": None}
+    assert judged(PROFILES["identity"], layers=(equal,), **alone).verdict is Verdict.PASS
+    assert judged(PROFILES["identity"], layers=(replace(equal, **{part: different}),), **alone).verdict is Verdict.FAIL
+
+
+def test_models_without_layers_say_where_nan_begins() -> None:
+    report = logits_only(summary(), tokens=table(bad=(2,)), first_non_finite=("candidate: layer 4, expert 2, token 3",))
+    assert report.reasons == (
+        "candidate: layer 4, expert 2, token 3: NaN or Inf",
+        "candidate: NaN or Inf logits 1 token (first at token 3, window 0), expected 0",
+    )
+    assert report.to_json()["run"]["first_non_finite"] == ("candidate: layer 4, expert 2, token 3",)
+
+
+def test_one_of_a_kind_is_counted_as_one() -> None:
+    levels = [Levels(structure(*(fail(f"tensor {i}", "a", "b") for i in range(count)))) for count in (1, 2)]
+    assert [build_report(FOLDERS, "fp8", one).checks[0].found for one in levels] == ["1 finding", "2 findings"]
+    wrong = replace(ROUTER, unexplained=1, worst_margin=0.2)
+    (reason,) = judged(layers=(layer(3, router=wrong),), mtp=None).reasons
+    assert reason.startswith("layer 3 router: 1 token goes to other experts at margins up to 0.2")
+
+
 def test_free_running_routing_alone_never_fails() -> None:
     assert judged(layers=(layer(3, router_own=replace(ROUTER, unexplained=50)),)).verdict is Verdict.PASS
 
@@ -212,6 +261,9 @@ def test_causes_stand_before_the_reasons() -> None:
     cause = Cause(CauseCode.EXCHANGED, "experts 0 and 1", "hold each other's values", "all bytes", "Convert again.")
     report = replace(logits_only(summary(kl=0.31)), causes=(cause,))
     assert report.headline.startswith("FAIL: fp8: experts 0 and 1: hold each other's values (all bytes); KL mean 0.31")
+    many = replace(report, causes=(cause,) * 5).headline
+    assert many.count("experts 0 and 1") == 3
+    assert "; and 2 more causes; KL mean" in many
 
 
 def test_many_reasons_are_counted_not_listed() -> None:
@@ -283,8 +335,11 @@ def test_rows_of_findings_layers_and_experts() -> None:
     report = build_report(FOLDERS, "fp8", Levels(structure(warn("LICENSE", "one", "none"))))
     assert finding_rows(report) == [("warn", "LICENSE", "one", "none")]
     dense, moe, mtp = layer_rows(comparison().layers)
-    assert dense == ("layer 0", "0.03 (0.002)", "0.03 (0.002)", "1", "30.5", "0.05 (0.002)", "", "", "")
-    assert moe[-3:] == ("0.00%", "0", "0.00%")
+    assert dense == ("layer 0", "0.03 (0.002)", "", "0.03 (0.002)", "1", "30.5", "0.05 (0.002)", "", "", "", "")
+    assert moe[-4:] == ("0.00%", "0", "0", "0.00%")
+    told = layer(1, mlp_norm=error(0.004), router=replace(ROUTER, weight_moved=0.02, weight_moved_floor=0.001))
+    (row,) = layer_rows((told,))
+    assert (row[2], row[9]) == ("0.004", "0.02 (0.001)")
     assert mtp[0] == "MTP layer 2"
     assert expert_rows(comparison().layers)[0] == ("layer 1 expert 1", "0.031", "1", "20", "21")
 

@@ -186,11 +186,15 @@ def test_checks_hold_the_numbers_of_the_report() -> None:
 def test_layers_experts_and_tokens_hold_the_numbers_of_the_report() -> None:
     models = made.comparison(3, 6)
     assert models.tokens is not None
+    models = replace(models, layers=tuple(replace(one, mlp_norm=made.output_error(0.003)) for one in models.layers))
     page = Page(render_page(report(models)))
+    assert "Norm before the MLP" in page.text
     rows = page.table("layer", "attention error")
     assert [row[0] for row in rows] == ["0", "1", "2", "3 (MTP)"]
     for row, layer in zip(rows, models.layers, strict=True):
-        for cell, error in zip((row[1], row[6], row[11]), (layer.attention, layer.mlp, layer.residual), strict=True):
+        assert layer.mlp_norm is not None
+        errors = layer.attention, layer.mlp_norm, layer.mlp, layer.residual
+        for cell, error in zip(row[1::5], errors, strict=True):
             assert numbers(cell) == [pytest.approx(error.relative, rel=5e-3)]
     for layer in models.layers[1:]:
         name = f"MTP layer {layer.layer}" if layer.is_mtp else f"layer {layer.layer}"
@@ -286,7 +290,7 @@ def test_nan_and_infinity_are_shown() -> None:
     layers = (models.layers[0], replace(first, experts=experts), *models.layers[2:])
     page = Page(render_page(report(replace(models, layers=layers))))
     assert page.table("layer", "attention error")[1][1] == "NaN"
-    assert page.table("layer", "attention error")[1][11] == "\u221e"
+    assert page.table("layer", "attention error")[1][16] == "\u221e"
     assert page.table("layer", "expert", "error")[0][:3] == ["1", "0", "NaN"]
     assert ("path", "cell off") in {(tag, attrs.get("class")) for tag, attrs in page.tags}
 
@@ -299,10 +303,10 @@ def test_tokens_without_finite_logits_are_counted_and_left_out() -> None:
     bad[5] = True
     half = replace(scores, finite_candidate=~bad, kl_nats=scores.kl_nats.masked_fill(bad, math.nan))
     text = Page(render_page(report(replace(models, tokens=replace(models.tokens, scores=half))))).text
-    assert "1 tokens have NaN or Inf logits" in text
+    assert "NaN or Inf logits: 1 token; no figure" in text
     none = replace(scores, finite_candidate=torch.zeros_like(bad))
     page = Page(render_page(report(replace(models, summary=None, tokens=replace(models.tokens, scores=none)))))
-    assert f"{len(scores)} tokens have NaN or Inf logits" in page.text
+    assert f"NaN or Inf logits: {len(scores)} tokens; no figure" in page.text
     assert "Tokens that changed most" not in page.text
 
 

@@ -1,6 +1,7 @@
 """A stored reference says what its model said: the same figures as a direct comparison, or a refusal."""
 
 import json
+import math
 import struct
 from collections.abc import Callable
 from dataclasses import fields, replace
@@ -96,6 +97,15 @@ def test_the_store_serves_a_deterministic_comparison_with_layers_too(source, can
         found = compare_reference(stored, candidate, options, run)
     everything = replace(options, levels=frozenset({LAYERS, LOGITS}), floor=True, with_mtp=True)
     assert compare_streamed(source, candidate, text(), everything).summary == found.models.summary
+
+
+def test_nan_of_the_candidate_is_placed_by_its_norms(source, tmp_path, path):
+    candidate = damaged(tmp_path / "candidate", source, Role.SHARED_EXPERT, math.nan)
+    save_reference(path, source, text(), OPTIONS, run)
+    with StoredReference.open(path) as stored:
+        found = compare_reference(stored, candidate, OPTIONS, run).models
+    assert found.first_non_finite == ("candidate: layer 1, hidden state, token 0",)
+    assert found.summary is None
 
 
 def test_routing_agreement_is_that_of_the_models_in_memory(source, tmp_path, path):

@@ -19,14 +19,18 @@ from converters.layout import Layout
 from converters.pipeline import RunOptions
 from converters.quantize import QuantizeOptions, plan_quantize
 from converters.schema import Role, expand
+from converters.shard.mapping import ParallelMapping
+from converters.shard.plan import ShardOptions, plan_shard
 from converters.source import open_source
 from runtime.config import EngineConfig
 from runtime.model.loader import ModelLoader, load_model
 from runtime.model.mtp import draft_agreement
 from runtime.streaming.options import LAYERS, LOGITS, StreamOptions
+from runtime.verify.limits import PROFILES
 from runtime.verify.metrics import score_tokens
+from runtime.verify.report import Levels, build_report
 from runtime.verify.results import LayerDifference, ModelComparison
-from runtime.verify.streamed import compare_streamed, planned
+from runtime.verify.streamed import compare_streamed, planned, stream_one
 from runtime.verify.summary import summarize
 from runtime.verify.tokens import EncodedText
 from runtime.verify.windows import plan_windows
@@ -271,7 +275,7 @@ def test_levels_decide_the_work(tmp_path, monkeypatch):
     from runtime.streaming import layer as module
 
     run_expert = module.run_expert
-    monkeypatch.setattr(module, "run_expert", lambda *args: ran.append(1) or run_expert(*args))
+    monkeypatch.setattr(module, "run_expert", lambda expert, given: ran.extend(given) or run_expert(expert, given))
     logits = compared(tmp_path, noise, StreamOptions(levels={LOGITS}, floor=False))
     without_layers, _ = len(ran), ran.clear()
     compared(tmp_path, noise, StreamOptions(levels={LAYERS}, floor=False))
@@ -330,6 +334,59 @@ def test_nan_in_every_token_ends_nothing(tmp_path):
     assert found.summary is None
     assert found.layers[-1].first_non_finite is not None
     assert found.tokens is not None
+
+
+def test_nan_is_found_without_layers_too(tmp_path):
+    o_proj = SCHEMA.tensor(Role.ATTENTION, "o_proj.weight", 1).name
+    found = compared(tmp_path, poison(o_proj), StreamOptions(levels=frozenset({LOGITS})))
+    assert (found.layers, found.first_non_finite) == ((), ("candidate: layer 1, attention output, token 0",))
+    assert compared(tmp_path / "sound", None, StreamOptions(levels=frozenset({LOGITS}))).first_non_finite == ()
+
+
+def scale_norm(tensors: Tensors) -> None:
+    name = SCHEMA.tensor(Role.NORM, "post_attention_layernorm.weight", 1).name
+    tensors[name] = tensors[name] * 2
+
+
+@pytest.mark.parametrize("kind", ["identity", "cast", "nvfp4"])
+def test_faulty_norm_before_the_mlp_fails_and_nothing_else_does(tmp_path, kind):
+    found = compared(tmp_path, scale_norm, StreamOptions(levels=frozenset({LAYERS})))
+    report = build_report((tmp_path, tmp_path), kind, Levels(layers=found), PROFILES[kind])
+    (reason,) = report.reasons
+    assert reason.startswith("layer 1 norm before the MLP: relative error 1, 1 at token ")
+    assert (report.verdict, report.wrong_layers, report.first_off) == ("fail", (1,), 1)
+
+
+@pytest.mark.parametrize(("factor", "verdict"), [(2.5, "pass"), (2.4, "fail"), (1.0, "fail")])
+def test_wrong_scaling_factor_moves_routing_weight_and_nothing_else(tmp_path, factor, verdict):
+    """All weights times f move |f - 1| / 2 of their sum."""
+    folders = checkpoint(tmp_path / "source"), checkpoint(tmp_path / "candidate")
+    config = json.loads((folders[1] / "config.json").read_text())
+    for folder, value in zip(folders, (2.5, factor), strict=True):
+        (folder / "config.json").write_text(json.dumps({**config, "routed_scaling_factor": value}))
+    found = compare_streamed(*folders, TEXT, StreamOptions(levels=frozenset({LAYERS})))
+    moved = [layer.router.weight_moved for layer in found.layers if layer.router is not None]
+    assert moved == [pytest.approx(abs(factor / 2.5 - 1) / 2, abs=1e-6)] * 3
+    report = build_report((tmp_path, tmp_path), "fp8", Levels(layers=found), PROFILES["fp8"])
+    assert report.verdict == verdict
+    assert all(" router: share of the routing weight moved " in reason for reason in report.reasons)
+    assert len(report.reasons) == (3 if verdict == "fail" else 0)
+
+
+@pytest.mark.parametrize("scheme", ["", "fp8"])
+def test_checkpoints_cut_for_ranks_are_the_models_they_were(tmp_path, scheme):
+    """Embedding and head lie by rows on several ranks, output projections by columns."""
+    source = checkpoint(tmp_path / "source")
+    whole = quantized(tmp_path, source) if scheme else source
+    with open_source(whole) as opened:
+        options = ShardOptions(mapping=ParallelMapping(tp=2, ep=2))
+        run(plan_shard(opened, options), tmp_path / "cut", RunOptions(workers=1), float)
+    found = compare_streamed(whole, tmp_path / "cut", TEXT, StreamOptions(deterministic=True, floor=False))
+    assert {errors(layer) for layer in found.layers} == {(0.0, 0.0, 0.0)}
+    assert found.summary is not None
+    assert found.summary.kl_nats.max == 0.0
+    ours, theirs = (stream_one(folder, TEXT, StreamOptions()) for folder in (whole, tmp_path / "cut"))
+    assert torch.equal(ours.final_hidden_RD, theirs.final_hidden_RD)
 
 
 def test_a_broken_reference_is_named_as_such(tmp_path):
@@ -395,15 +452,14 @@ def test_each_checkpoint_is_read_once_and_progress_ends_at_all(tmp_path, levels)
 
 
 def test_equal_heads_are_held_once(tmp_path, monkeypatch):
-    fetched = []
+    fetched, head = [], SCHEMA.tensor(Role.HEAD, "lm_head.weight").name
     fetch = ModelLoader.fetch
 
     def listed(self, names, **how):
-        fetched.extend(names if how.get("as_stored") else ())
+        fetched.extend(name for name in names if name == head)
         return fetch(self, names, **how)
 
     monkeypatch.setattr(ModelLoader, "fetch", listed)
-    head = SCHEMA.tensor(Role.HEAD, "lm_head.weight").name
     compared(tmp_path, noise)
     assert fetched == [head]
 
