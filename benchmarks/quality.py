@@ -27,6 +27,8 @@ from converters.quant.scheme import Format, Recipe
 from converters.source import open_source
 from fixtures.recipe.corpus import read_modules
 from runtime.model.activations import input_quantizers
+from runtime.verify.check import judge, worst
+from runtime.verify.limits import Overrides, choose_limits
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULT = ROOT / "benchmarks" / "results" / "quality.json"
@@ -181,6 +183,18 @@ def measured(row: Row, scratch: Path, stats: dict[str, tuple[str, ...]], num_tok
         "weights_alone": judged(folder, FULL, num_tokens),
         "as_served": judged(folder, AS_SERVED, num_tokens) if inputs else None,
     }
+
+
+def verdict_as_served(found: dict[str, Any]) -> str:
+    """Return what the logits limits of today make of measured figures, the floor aside, which only widens them."""
+    limits = choose_limits(found["profile"], Overrides(), activations=AS_SERVED)
+    return worst(
+        [
+            judge(found["kl_nats"]["mean"], limits.max_kl, se=found["kl_nats"]["se"]),
+            judge(found["top1"]["mean"], limits.min_top1, at_least=True, se=found["top1"]["se"]),
+            judge(found["perplexity_ratio"]["mean"], limits.max_ppl_ratio, se=found["perplexity_ratio"]["se"]),
+        ]
+    )
 
 
 def main() -> None:

@@ -29,7 +29,8 @@ def synthetic_config(moe_layers: int, experts: int, vocab_size: int, model: str 
 def random_bytes(tensor: Tensor, pool: np.ndarray, generator: np.random.Generator) -> np.ndarray:
     """Return the tensor's little-endian bytes: fp32 for the correction bias, else bf16 cut out of the pool."""
     if tensor.spec.dtype is DtypePolicy.KEEP_FP32:
-        return generator.standard_normal(tensor.numel).astype(np.float32).view(np.uint8)
+        # small beside scores between 0 and 1: a large one would send all tokens to the same experts
+        return (0.01 * generator.standard_normal(tensor.numel)).astype(np.float32).view(np.uint8)
     repeats = -(-tensor.numel // len(pool))
     start = int(generator.integers(len(pool)))
     return np.tile(np.roll(pool, start), repeats)[: tensor.numel].view(np.uint8)

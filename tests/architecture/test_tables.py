@@ -72,6 +72,13 @@ def test_engines_of_the_committed_rows_are_those_that_quantize_names_now() -> No
     assert committed == {(row.name, row.format): quality.engines(row) for row in quality.rows()}
 
 
+def test_verdicts_of_the_committed_rows_are_those_of_the_limits_of_today() -> None:
+    from benchmarks import quality
+
+    rows = [row["as_served"] for row in tables.load("quality")["rows"] if row["as_served"]]
+    assert [row["verdict"] for row in rows] == [quality.verdict_as_served(row) for row in rows]
+
+
 def test_a_row_that_no_engine_loads_says_so() -> None:
     quality = copy.deepcopy(tables.load("quality"))
     quality["rows"] = quality["rows"][:1]
