@@ -24,7 +24,7 @@ from runtime.model.loader import ModelLoader
 from runtime.model.mtp import MtpLayer
 from runtime.moe.runner import MoE
 from runtime.streaming.attention import WindowAttention, chunks
-from runtime.streaming.experts import EXPERT_ROWS, add_weighted, normed_rows, run_expert
+from runtime.streaming.experts import EXPERT_ROWS, add_weighted, normed_rows
 
 
 @dataclass(slots=True)
@@ -172,7 +172,7 @@ class Stream:
 
     def _expert(self, module: DecoderLayer, expert: torch.nn.Module, rows: torch.Tensor) -> torch.Tensor:
         norm = module.post_attention_layernorm
-        return run_expert(expert, normed_rows(self.hidden_TD, rows, norm, torch.float32, self._device))
+        return expert(normed_rows(self.hidden_TD, rows, norm, torch.float32, self._device))
 
     @property
     def _device(self) -> str:

@@ -4,13 +4,15 @@ Shapes: B T ... any leading dims, O out features, I in features. Parameters are 
 the checkpoint's tensors in their place.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from converters.numerics.fp8 import dequantize_channel
+from runtime.model.codes import multiply_out
+from runtime.model.products import products
 
 # rows of a weight widened to fp32 at a time: 16384 x 5120 fp32 = 320 MiB
 _FP32_ROWS = 16384
@@ -37,6 +39,8 @@ class Linear(nn.Module):
         self.weight_scale: nn.Parameter | None = None
         # what an engine does to the inputs of this layer at run time
         self.quantize_input: Callable[[torch.Tensor], torch.Tensor] | None = None
+        # compute fp32 on the CPU by blocks of the weight; see `products`
+        self.in_blocks = False
 
     def add_weight_scale(self) -> None:
         """Make room for a scale (O, 1) fp32 per output row: the weight of this layer is quantized."""
@@ -45,15 +49,37 @@ class Linear(nn.Module):
     def dequantized(self, dtype: torch.dtype, start: int = 0, stop: int | None = None) -> torch.Tensor:
         """Return rows start:stop of the weight, (rows, I) in `dtype`, the scale applied in fp32 and rounded once."""
         rows_OI = self.weight[start:stop]
-        if self.weight_scale is None:
+        # codes may have been multiplied out when they were read
+        if self.weight_scale is None or rows_OI.dtype is not torch.float8_e4m3fn:
             return rows_OI.to(dtype)
-        return dequantize_channel(rows_OI, self.weight_scale[start:stop]).to(dtype)
+        scale_O1 = self.weight_scale[start:stop]
+        if rows_OI.device.type == "cpu" and rows_OI.is_contiguous():
+            return multiply_out(rows_OI, scale_O1).to(dtype)
+        return dequantize_channel(rows_OI, scale_O1).to(dtype)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """Map (..., I) to (..., O) in the dtype of `hidden`."""
+        return self.several([hidden])[0]
+
+    def several(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Do what `forward` does for several inputs of one dtype, each by itself, and widen the weight once."""
         if self.quantize_input is not None:
-            hidden = self.quantize_input(hidden)
-        return F.linear(hidden, self.dequantized(hidden.dtype), self.bias)
+            inputs = [self.quantize_input(hidden) for hidden in inputs]
+        if self.in_blocks and inputs[0].dtype is torch.float32:
+            outputs = self._in_blocks(inputs)
+            return outputs if self.bias is None else [out + self.bias for out in outputs]
+        weight_OI = self.dequantized(inputs[0].dtype)
+        return [F.linear(hidden, weight_OI, self.bias) for hidden in inputs]
+
+    def several_fp32(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Do what `forward_fp32` does for several inputs, each by itself."""
+        if self.in_blocks and self.bias is None:
+            return self._in_blocks([hidden.to(torch.float32) for hidden in inputs])
+        return [self.forward_fp32(hidden) for hidden in inputs]
+
+    def _in_blocks(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        found = products(self.weight, self.weight_scale, [hidden.flatten(0, -2) for hidden in inputs])
+        return [out.view(*hidden.shape[:-1], -1) for out, hidden in zip(found, inputs, strict=True)]
 
     def forward_fp32(self, hidden: torch.Tensor) -> torch.Tensor:
         """Map (..., I) to (..., O) fp32, products and sums in fp32 whatever the weight's dtype."""

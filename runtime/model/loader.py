@@ -11,17 +11,19 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from converters.checkpoint.dtypes import BY_CONFIG_NAME
+from converters.checkpoint.dtypes import BY_CONFIG_NAME, itemsize
 from converters.checkpoint.plan import Unit
 from converters.errors import InputError
 from converters.formats.inputs import AS_SERVED
 from converters.formats.weights import Use
+from converters.layout import Place
 from converters.official import OfficialTensors, read_bytes, read_unit, scale_name
 from converters.schema import MTP_COPIES, Role, Tensor
 from converters.source import Source, open_source
 from runtime.config import EngineConfig
 from runtime.model.activations import input_quantizers
 from runtime.model.decoder import CausalLM
+from runtime.model.expert_loader import ExpertLoader, unit_bytes
 from runtime.model.linear import Linear
 from runtime.model.mtp import MtpLayer
 
@@ -29,6 +31,9 @@ from runtime.model.mtp import MtpLayer
 _FP32_ROLES = frozenset({Role.ROUTER, Role.ROUTER_BIAS})
 # rows of an MTP copy compared at a time: 8192 x 5120 bf16 = 80 MiB
 _COPY_ROWS = 8192
+
+Fetched = dict[str, torch.Tensor]
+Empty = Callable[[torch.Size, torch.dtype], torch.Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +45,7 @@ class LoadedModel:
         mtp: the MTP layer, or None.
         differing_mtp_copies: names of the MTP layer's own embedding or head that are not what the main model has.
             They are not used either way; see `runtime.model.mtp`.
-        notes: what was accepted although it is unusual, a sentence each.
+        notes: what was accepted although it is unusual, and what was chosen, a sentence each.
     """
 
     model: CausalLM
@@ -63,7 +68,7 @@ def load_model(folder: Path, engine: EngineConfig, *, with_mtp: bool = True) -> 
     with open_source(folder) as source:
         loader = ModelLoader(source, engine, with_mtp=with_mtp)
         loader.fill(loader.parameter_names)
-        return LoadedModel(loader.model, loader.mtp, loader.differing_mtp_copies(), loader.notes)
+        return LoadedModel(loader.model, loader.mtp, loader.differing_mtp_copies(), (*loader.notes, *loader.choices))
 
 
 class ModelLoader:
@@ -82,12 +87,15 @@ class ModelLoader:
         self.reader = source.reader
         self.engine = engine
         self.schema = source.schema
-        self.model = CausalLM(source.config, engine.moe_backend)
-        self.mtp = MtpLayer(source.config, engine.moe_backend) if with_mtp and self.schema.has_mtp else None
+        self._official = OfficialTensors.of(source, BY_CONFIG_NAME[engine.dtype])
+        self._experts = ExpertLoader(source, self._official, engine, with_mtp=with_mtp)
+        plan = self._experts.plan
+        self.model = CausalLM(source.config, plan)
+        self.mtp = MtpLayer(source.config, plan) if with_mtp and self.schema.has_mtp else None
         if self.mtp is not None:
             self.model.model.layers.append(self.mtp)
-        self._official = OfficialTensors.of(source, BY_CONFIG_NAME[engine.dtype])
         self._modules = dict(self.model.named_modules())
+        self._experts.bind(self._modules)
         # each parameter with the tensor that it is, or whose scale it is; without a unit it is zero
         self._tensors: dict[str, Tensor] = {}
         self._units: dict[str, Unit] = {}
@@ -97,10 +105,14 @@ class ModelLoader:
         self.parameter_names = tuple(name for name, _ in self.model.named_parameters())
         assert set(self.parameter_names) == self._tensors.keys(), "a parameter or a tensor without its counterpart"
         self.notes = source.notes
+        self.choices = plan.notes
+        self._by_layer: dict[int | None, list[str]] = {}
+        for name in self.parameter_names:
+            self._by_layer.setdefault(self._tensors[name].layer, []).append(name)
 
     def layer_names(self, layer: int) -> tuple[str, ...]:
         """Return the parameters of one layer, scales included, for `fill` and `release`."""
-        return tuple(name for name in self.parameter_names if self._tensors[name].layer == layer)
+        return tuple(self._by_layer.get(layer, ()))
 
     @property
     def total_bytes(self) -> int:
@@ -109,7 +121,27 @@ class ModelLoader:
 
     def stored_bytes(self, names: Iterable[str]) -> int:
         """Return what `fill` reads for these parameters."""
-        return sum(read_bytes(self.reader, self._units[name]) for name in names if name in self._units)
+        return sum(self._read_bytes(name) for name in names)
+
+    def _read_bytes(self, name: str) -> int:
+        if self._experts.takes(name):
+            return unit_bytes(self.reader, self._experts.units(name))
+        return read_bytes(self.reader, self._units[name]) if name in self._units else 0
+
+    def held_bytes(self, names: Iterable[str], *, as_stored: bool = False) -> int:
+        """Return what these parameters take once `fetch` has read them; codes not `as_stored` as if multiplied out."""
+        return sum(self._parameter(name).numel() * self._held_itemsize(name, as_stored) for name in names)
+
+    def numel(self, name: str) -> int:
+        """Return how many values a parameter has."""
+        return self._parameter(name).numel()
+
+    def _held_itemsize(self, name: str, as_stored: bool) -> int:
+        unit = self._units.get(name)
+        if as_stored and unit is not None and self._is_widened(name):
+            return itemsize(unit.outputs[0].dtype)
+        is_wide = name != self._tensors[name].name or self._tensors[name].spec.role in _FP32_ROLES
+        return (torch.float32 if is_wide else self.engine.torch_dtype).itemsize
 
     def fill(self, names: Iterable[str], advance: Callable[[int], None] | None = None) -> None:
         """Read these parameters from the checkpoint, in order.
@@ -121,18 +153,49 @@ class ModelLoader:
             InputError: a code or scale that must be decoded is NaN or Inf.
         """
         for name in names:
+            if self._experts.takes(name):
+                self._experts.read(self.reader, name)
+            else:
+                self.place(self.fetch((name,)))
+            if advance is not None and self._read_bytes(name):
+                advance(self._read_bytes(name))
+
+    def fetch(self, names: Iterable[str], *, as_stored: bool = False, empty: Empty | None = None) -> Fetched:
+        """Read these parameters and return them on the CPU, for `place`; the model is not changed.
+
+        Safe in another thread, also while other parameters are placed.
+
+        Args:
+            names: some of parameter_names; a scale together with its weight.
+            as_stored: keep the dtype of the checkpoint for weights of linear layers, which widen what they use.
+            empty: makes the tensors that are read into, of a shape and dtype.
+        Raises:
+            InputError: a code or scale that must be decoded is NaN or Inf.
+        """
+        values: Fetched = {}
+        for name in names:
             unit = self._units.get(name)
-            shape = self.model.get_parameter(name).shape
-            value = torch.zeros(shape) if unit is None else read_unit(self.reader, unit)
+            shape = self._parameter(name).shape
+            is_kept = as_stored and self._is_widened(name)
+            value = torch.zeros(shape) if unit is None else read_unit(self.reader, unit, empty if is_kept else None)
             assert value.shape == shape, (name, value.shape, shape)
-            self._replace(name, value.to(device=self.engine.device, dtype=self._dtype(name, value)))
-            if advance is not None and unit is not None:
-                advance(read_bytes(self.reader, unit))
+            values[name] = value if is_kept else value.to(self._dtype(name, value))
+        return values
+
+    def _is_widened(self, name: str) -> bool:
+        """Whether a parameter is the weight of a linear layer, which takes any dtype."""
+        module_name, _, attribute = name.rpartition(".")
+        return attribute == "weight" and isinstance(self._modules[module_name], Linear)
+
+    def place(self, values: Fetched) -> None:
+        """Put parameters into the model, on its device."""
+        for name, value in values.items():
+            self._replace(name, value.to(self.engine.device))
 
     def release(self, names: Iterable[str]) -> None:
         """Give the memory of these parameters back; `fill` brings them in again."""
         for name in names:
-            self._replace(name, torch.empty_like(self.model.get_parameter(name), device="meta"))
+            self._replace(name, torch.empty_like(self._parameter(name), device="meta"))
 
     def differing_mtp_copies(self) -> tuple[str, ...]:
         """Return which of the MTP layer's own embedding and head differ from what the main model computes with.
@@ -143,7 +206,24 @@ class ModelLoader:
         copies = [tensor for tensor in self.schema.tensors.values() if tensor.spec.role in MTP_COPIES]
         if self.mtp is None:
             return ()
-        return tuple(tensor.name for tensor in copies if not self._equal(tensor, mains[tensor.spec.role]))
+        return tuple(tensor.name for tensor in copies if not self.equals(tensor, mains[tensor.spec.role]))
+
+    def equals(self, tensor: Tensor, main_VD: torch.Tensor) -> bool:
+        """Return whether the checkpoint has exactly these values (V, D) for a matrix; read in blocks of rows."""
+        # an FP8 copy of a bf16 head is another head, however close
+        if not self._official.format(tensor).is_plain:
+            return False
+        return all(self._equals(place, main_VD) for place in self._official.source.stored_layout.places(tensor))
+
+    def _equals(self, place: Place, main_VD: torch.Tensor) -> bool:
+        first, last = place.piece.rows
+        for start in range(first, last, _COPY_ROWS):
+            stop, shift = min(start + _COPY_ROWS, last), place.row - first
+            copy = self.reader.read_rows(place.stored.name, start + shift, stop + shift)
+            main = main_VD[start:stop, slice(*place.piece.columns)]
+            if not torch.equal(copy.to(main), main):
+                return False
+        return True
 
     def _plan(self) -> None:
         """Find out how each parameter is read; a linear layer whose FP8 codes are kept gets a place for its scale."""
@@ -151,6 +231,9 @@ class ModelLoader:
         complete = replace(self.schema, has_router_bias=True)
         for tensor in complete.tensors.values():
             if self._left_out(tensor):
+                continue
+            if self._experts.takes(tensor.name):
+                self._tensors[tensor.name] = tensor
                 continue
             units = self._official.units(tensor) if tensor.name in self.schema.tensors else {}
             module = self._modules[tensor.module]
@@ -180,15 +263,12 @@ class ModelLoader:
         is_scale = name != self._tensors[name].name
         return torch.float32 if is_scale or self._tensors[name].spec.role in _FP32_ROLES else self.engine.torch_dtype
 
+    def _parameter(self, name: str) -> nn.Parameter:
+        module_name, _, attribute = name.rpartition(".")
+        found = getattr(self._modules[module_name], attribute)
+        assert isinstance(found, nn.Parameter), name
+        return found
+
     def _replace(self, name: str, value: torch.Tensor) -> None:
         module_name, _, attribute = name.rpartition(".")
         setattr(self._modules[module_name], attribute, nn.Parameter(value, requires_grad=False))
-
-    def _equal(self, tensor: Tensor, main_VD: torch.Tensor) -> bool:
-        # an FP8 copy of a bf16 head is another head, however close
-        if not self._official.format(tensor).is_plain:
-            return False
-        name, num_rows = tensor.name, len(main_VD)
-        blocks = [(start, min(start + _COPY_ROWS, num_rows)) for start in range(0, num_rows, _COPY_ROWS)]
-        rows = ((self.reader.read_rows(name, start, stop), main_VD[start:stop]) for start, stop in blocks)
-        return all(torch.equal(copy.to(main), main) for copy, main in rows)

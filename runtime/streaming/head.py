@@ -53,6 +53,9 @@ def _is_stored(side: Side, head: Linear) -> bool:
     return exact and side.loader.equals(tensor, head.weight)
 
 
-def logits_of(head: Linear, hidden_TD: torch.Tensor, rows_R: torch.Tensor) -> torch.Tensor:
-    """Return the logits (R, V) fp32 of rows of the normed hidden states."""
-    return head.forward_fp32(hidden_TD[rows_R].to(head.weight.device))
+def logits_of(heads: Sequence[Linear], matrices: Sequence[torch.Tensor], rows_R: torch.Tensor) -> list[torch.Tensor]:
+    """Return the logits (R, V) fp32 of rows of normed hidden states; a head that several share is widened once."""
+    given = [matrix[rows_R].to(head.weight.device) for head, matrix in zip(heads, matrices, strict=True)]
+    if all(head is heads[0] for head in heads):
+        return heads[0].several_fp32(given)
+    return [head.several_fp32([rows_RD])[0] for head, rows_RD in zip(heads, given, strict=True)]

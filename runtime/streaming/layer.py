@@ -8,6 +8,7 @@ Shapes: R rows at a time, D hidden, E experts.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import zip_longest
 
 import torch
 
@@ -19,7 +20,7 @@ from runtime.moe.router import Routing
 from runtime.moe.runner import MoE
 from runtime.streaming.attention import CHUNK_TOKENS, Bounds, WindowAttention, attend_whole, chunks
 from runtime.streaming.embedding import embed
-from runtime.streaming.experts import EXPERT_ROWS, add_weighted, normed_rows, run_expert
+from runtime.streaming.experts import EXPERT_ROWS, ExpertCall, ExpertRows, add_weighted, normed_rows, run_expert
 from runtime.streaming.lanes import Lane
 from runtime.streaming.reading import ReadAhead
 from runtime.streaming.routed import Routed
@@ -60,6 +61,7 @@ class LayerRun:
             self._attend(modules, bounds)
             with self._reads.resident():
                 self._route(modules, bounds)
+                self._reads.narrow(layer, self._needed())
                 rows = torch.cat([torch.arange(begin, end) for begin, end in bounds])
                 while (batch := self._reads.peek()) is not None and batch.experts:
                     with self._reads.resident():
@@ -180,45 +182,65 @@ class LayerRun:
             lane.routed = Routed.cat(own) if own else None
             lane.added_TD.zero_()
 
+    def _needed(self) -> list[frozenset[int]]:
+        """Return the experts that some token of a lane of each side goes to."""
+        experts: dict[str, set[int]] = {lane.side.name: set() for lane in self._lanes}
+        for lane in self._lanes:
+            if lane.owner.routed is not None:
+                experts[lane.side.name].update(lane.owner.routed.topk_ids_TK.unique().tolist())
+        return [frozenset(found) for found in experts.values()]
+
     def _experts(self, modules: dict[str, DecoderLayer], experts: range, rows: torch.Tensor) -> None:
+        leaders = [lane for lane in self._lanes if lane.is_free]
         for expert in experts:
-            for leader in self._lanes:
-                if leader.is_free:
-                    self._expert(modules, expert, leader, rows)
+            for blocks in zip_longest(*(self._blocks(leader, expert, rows) for leader in leaders)):
+                calls = [
+                    call
+                    for leader, block in zip(leaders, blocks, strict=True)
+                    if block is not None
+                    for call in self._calls(modules, leader, block)
+                ]
+                self._call(modules, expert, calls)
 
-    def _expert(self, modules: dict[str, DecoderLayer], expert: int, leader: Lane, rows: torch.Tensor) -> None:
-        assert leader.routed is not None, leader.name
-        tokens, weights = leader.routed.of_expert(expert)
-        led = [leader, *(lane for lane in self._lanes if lane.leader is leader)]
+    def _calls(self, modules: dict[str, DecoderLayer], leader: Lane, block: ExpertRows) -> Iterator[ExpertCall]:
+        """Yield what an expert is given by a leader and by those it leads, the leader first."""
         norm = modules[leader.side.name].post_attention_layernorm
-        for block_R, weights_R in self._blocks(rows[tokens], weights):
-            shared_RD = normed_rows(leader.state_TD, block_R, norm, self._dtype, self._device)
-            outputs: dict[str, torch.Tensor] = {}
-            for lane in led:
-                block, scale, given_RD = block_R, weights_R, shared_RD
-                if lane is not leader and not lane.shares_state:
-                    kept = block_R < lane.num_rows
-                    block, scale = block_R[kept], weights_R[kept]
-                    if not len(block):
-                        continue
-                    given_RD = normed_rows(lane.state_TD, block, norm, self._dtype, self._device)
-                moe = modules[lane.side.name].mlp
-                assert isinstance(moe, MoE), moe
-                out_RD = run_expert(moe.experts[expert], given_RD)
-                add_weighted(out_RD, scale, block, lane.added_TD)
-                if block is block_R:
-                    outputs[lane.name] = out_RD
-            self._watcher.expert(expert, block_R, outputs)
+        shared_RD = normed_rows(leader.state_TD, block.rows, norm, self._dtype, self._device)
+        for lane in (leader, *(lane for lane in self._lanes if lane.leader is leader)):
+            if lane is leader or lane.shares_state:
+                yield ExpertCall(lane, block, shared_RD)
+                continue
+            kept = block.of(block.rows < lane.num_rows)
+            if len(kept.rows):
+                yield ExpertCall(lane, kept, normed_rows(lane.state_TD, kept.rows, norm, self._dtype, self._device))
 
-    def _blocks(self, rows: torch.Tensor, weights: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Yield an expert's rows and weights: of one window at a time, or a constant number."""
+    def _call(self, modules: dict[str, DecoderLayer], expert: int, calls: Sequence[ExpertCall]) -> None:
+        """Run an expert of each side on what its lanes give it, add the results, and show those of a leader's rows."""
+        outputs: dict[str, torch.Tensor] = {}
+        for side in dict.fromkeys(call.lane.side.name for call in calls):
+            own, moe = [call for call in calls if call.lane.side.name == side], modules[side].mlp
+            assert isinstance(moe, MoE), moe
+            found = run_expert(moe.experts[expert], [call.given_RD for call in own])
+            outputs |= {call.lane.name: out_RD for call, out_RD in zip(own, found, strict=True)}
+        for call in calls:
+            add_weighted(outputs[call.lane.name], call.block.weights, call.block.rows, call.lane.added_TD)
+        for leader in (call for call in calls if call.lane.is_free):
+            same = [call for call in calls if call.lane.owner is leader.lane and call.given_RD is leader.given_RD]
+            shown = {call.lane.name: outputs[call.lane.name] for call in same}
+            self._watcher.expert(expert, leader.block.rows, shown)
+
+    def _blocks(self, lane: Lane, expert: int, rows: torch.Tensor) -> Iterator[ExpertRows]:
+        """Yield a lane's rows for an expert, and their weights: of one window at a time, or a constant number."""
+        assert lane.routed is not None, lane.name
+        tokens, weights = lane.routed.of_expert(expert)
+        found = ExpertRows(rows[tokens], weights)
         if not self._deterministic:
-            yield from zip(rows.split(EXPERT_ROWS), weights.split(EXPERT_ROWS), strict=True) if len(rows) else ()
+            yield from found.split(EXPERT_ROWS) if len(tokens) else ()
             return
         for begin, end in self._plan.bounds:
-            inside = (rows >= begin) & (rows < end)
+            inside = (found.rows >= begin) & (found.rows < end)
             if bool(inside.any()):
-                yield rows[inside], weights[inside]
+                yield found.of(inside)
 
     def _finish(self, modules: dict[str, DecoderLayer], bounds: Bounds) -> None:
         """Add the dense MLP's result, or the experts' and the shared expert's, to the hidden states."""

@@ -29,5 +29,9 @@ def activation_bytes(
     widths = 6 * (config.q_size + config.hidden_size) + 2 * config.kv_size
     attention = scores + cache + rows * widths * element_bytes
     dense = rows * (3 * config.hidden_size + 4 * max(config.intermediate_size, config.shared_intermediate_size))
-    expert = EXPERT_ROWS * (3 * config.hidden_size + 4 * config.moe_intermediate_size)
-    return max(attention, dense * element_bytes, expert * element_bytes)
+    return max(attention, dense * element_bytes, expert_bytes(config, element_bytes=element_bytes))
+
+
+def expert_bytes(config: Glm4MoeConfig, *, element_bytes: int = FP32) -> int:
+    """Return what an expert needs for the rows that it takes at a time."""
+    return EXPERT_ROWS * (3 * config.hidden_size + 4 * config.moe_intermediate_size) * element_bytes

@@ -17,6 +17,7 @@ from runtime.streaming.reading import ReadAhead
 from runtime.streaming.rows import RowPlan
 from runtime.streaming.run import LaneSpec, Matrices, Stream, lane_rows, make_lanes
 from runtime.streaming.sides import Side, plan_batches
+from runtime.streaming.threads import computing_threads
 from runtime.streaming.watch import Values, Watcher
 
 _LANE = "model"
@@ -96,7 +97,10 @@ def stream_one(
         (lane,) = lanes = make_lanes(specs, sides, matrices, options)
         record = _Record(on_input)
         advance = progress.advance if progress is not None else lambda _: None
-        with ReadAhead([side.loader for side in sides], batches, options.workers, advance) as reads:
+        with (
+            computing_threads(text.num_rows, options),
+            ReadAhead([side.loader for side in sides], batches, options.workers, advance) as reads,
+        ):
             has_mtp = Stream(lanes, sides, text, matrices, reads, record, options, progress).run()
     return OneModel(
         final_hidden_RD=lane.input_TD if has_mtp else lane.state_TD,

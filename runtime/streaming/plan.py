@@ -9,8 +9,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from converters.errors import ResourceError
+from runtime.model.products import BLOCK_BYTES
 from runtime.streaming.attention import CHUNK_TOKENS
-from runtime.streaming.memory import FP32, activation_bytes
+from runtime.streaming.memory import FP32, activation_bytes, expert_bytes
 from runtime.streaming.options import StreamOptions
 from runtime.streaming.reading import Batch, batches_ahead
 from runtime.streaming.rows import RowPlan
@@ -44,7 +45,7 @@ class StreamMemory:
 
     Args:
         base: the program itself, and its models without weights.
-        weights: those in use and those read ahead, and one as it is stored while it is widened.
+        weights: those in use and those read ahead, as they are stored, one while it is decoded, and one widened.
         activations: of one block of rows.
         routing: of the routers of one layer.
         head: instead of weights and rows, once the layers are done: the heads, and blocks of them and of logits.
@@ -92,10 +93,11 @@ def plan_stream(
     decision = 2 * (config.n_routed_experts * FP32 + config.num_experts_per_tok * (_INT64 + FP32))
     # given and put out by all lanes, side by side to be compared
     compared = 2 * len(lanes) * min(plan.longest, chunk) * config.hidden_size * FP32
+    experts = len(lanes) * expert_bytes(config)
     memory = StreamMemory(
         base=_PROGRAM_BYTES + _PARAMETER_BYTES * sum(len(side.loader.parameter_names) for side in sides),
-        weights=peak_weights(sides, batches, options.workers),
-        activations=activation_bytes(config, plan.longest, chunk=chunk) + compared,
+        weights=peak_weights(sides, batches, options.workers) + _widened_bytes(sides, batches, options),
+        activations=max(activation_bytes(config, plan.longest, chunk=chunk) + compared, experts),
         routing=sum(lane.rows for lane in lanes) * decision,
         head=_head_bytes(sides) if with_heads else 0,
         hidden=sum(lane.rows * lane.matrices for lane in lanes) * config.hidden_size * FP32,
@@ -123,7 +125,9 @@ def _head_bytes(sides: Sequence[Side]) -> int:
 
 def peak_weights(sides: Sequence[Side], batches: Sequence[Batch], workers: int) -> int:
     """Return the most bytes of weights that are held at once, those that are read ahead included."""
-    held = [sum(side.loader.held_bytes(names) for side, names in _of(sides, batch)) for batch in batches]
+    held = [
+        sum(side.loader.held_bytes(names, as_stored=True) for side, names in _of(sides, batch)) for batch in batches
+    ]
     names = ((side, name) for batch in batches for side, names in _of(sides, batch) for name in names)
     stored = max(side.loader.stored_bytes((name,)) for side, name in names)
     ahead, peak = batches_ahead(workers), 0
@@ -133,6 +137,14 @@ def peak_weights(sides: Sequence[Side], batches: Sequence[Batch], workers: int) 
         stays = sum(held[back] for back in range(first, index) if batches[back].stays_for(batch))
         peak = max(peak, stays + sum(held[index : index + 1 + ahead]))
     return peak + workers * stored
+
+
+def _widened_bytes(sides: Sequence[Side], batches: Sequence[Batch], options: StreamOptions) -> int:
+    """Return what the weight at hand takes in fp32: a block of it, or, in deterministic mode, the whole."""
+    if not options.deterministic and options.device == "cpu":
+        return BLOCK_BYTES
+    names = ((side, name) for batch in batches for side, found in _of(sides, batch) for name in found)
+    return max(side.loader.numel(name) for side, name in names) * FP32
 
 
 def _of(sides: Sequence[Side], batch: Batch) -> Sequence[tuple[Side, tuple[str, ...]]]:

@@ -6,11 +6,12 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import TracebackType
 
 import torch
 
+from converters.schema import parse
 from converters.waiting import wait_for_all
 from runtime.model.loader import Fetched, ModelLoader
 
@@ -38,6 +39,18 @@ class Batch:
         """Whether this one is still in use when a later one is: all parts of a layer but its experts are."""
         return self.layer is not None and self.layer == later.layer and not self.experts
 
+    def has_experts_of(self, layer: int) -> bool:
+        """Whether it is routed experts of a layer."""
+        return self.layer == layer and bool(self.experts)
+
+    def narrowed(self, needed: Sequence[frozenset[int]]) -> "Batch":
+        """Return it without the experts that a side, by its place, does not need; one that reads nothing has none."""
+        names = tuple(
+            tuple(name for name in side if parse(name).expert in experts)
+            for side, experts in zip(self.names, needed, strict=True)
+        )
+        return replace(self, names=names, experts=self.experts if any(names) else range(0))
+
 
 def batches_ahead(workers: int) -> int:
     """Return how many batches are read or held beyond the one in use."""
@@ -52,10 +65,11 @@ class ReadAhead:
         loaders: one for each side.
         batches: in the order of `resident`.
         workers: threads that read.
-        advance: told the bytes read, by those threads.
+        advance: told the bytes read, by those threads, and those that are skipped.
     Attributes:
         seconds_waiting: how long `resident` has waited for reads.
         bytes_read: by all threads.
+        bytes_skipped: of experts that no token goes to.
     """
 
     def __init__(
@@ -70,7 +84,7 @@ class ReadAhead:
         device = loaders[0].engine.device
         self._upload, self._pool = Upload(device), Pool() if device == "cpu" else None
         self.seconds_waiting = 0.0
-        self.bytes_read = 0
+        self.bytes_read = self.bytes_skipped = 0
 
     def __enter__(self) -> "ReadAhead":
         return self
@@ -84,6 +98,28 @@ class ReadAhead:
         """Return the batch that comes next, None behind the last."""
         self._start(1)
         return self._reading[0][0] if self._reading else None
+
+    def narrow(self, layer: int, needed: Sequence[frozenset[int]]) -> None:
+        """Leave out a layer's experts that a side, by its place, does not need; what is being read already stays."""
+        while self._reading and self._reading[-1][0].has_experts_of(layer) and self._reading[-1][1].cancel():
+            self._left.appendleft(self._reading.pop()[0])
+        kept: list[Batch] = []
+        while self._left and self._left[0].has_experts_of(layer):
+            batch = self._left.popleft()
+            narrowed = batch.narrowed(needed)
+            if narrowed.experts:
+                kept.append(narrowed)
+            self._skip(self._stored_bytes(batch) - self._stored_bytes(narrowed))
+        self._left.extendleft(reversed(kept))
+
+    def _stored_bytes(self, batch: Batch) -> int:
+        return sum(loader.stored_bytes(names) for loader, names in zip(self._loaders, batch.names, strict=True))
+
+    def _skip(self, num_bytes: int) -> None:
+        if num_bytes:
+            with self._lock:
+                self.bytes_skipped += num_bytes
+                self._advance(num_bytes)
 
     @contextmanager
     def resident(self) -> Iterator[Batch]:
@@ -120,7 +156,7 @@ class ReadAhead:
         found = []
         for loader, names in zip(self._loaders, batch.names, strict=True):
             empty = self._pool.take if self._pool is not None else None
-            fetched = loader.fetch(names, dequantized=True, empty=empty)
+            fetched = loader.fetch(names, as_stored=True, empty=empty)
             found.append(self._upload(fetched))
             num_bytes = loader.stored_bytes(names)
             with self._lock:

@@ -7,6 +7,7 @@ from converters.schema import Role
 from converters.source import Source
 from runtime.config import EngineConfig
 from runtime.model.decoder import DecoderLayer
+from runtime.model.linear import Linear
 from runtime.model.loader import ModelLoader
 from runtime.model.mtp import MtpLayer
 from runtime.moe.plan import VANILLA
@@ -15,9 +16,8 @@ from runtime.streaming.options import StreamOptions
 from runtime.streaming.parts import LayerParts, Part, layer_parts
 from runtime.streaming.reading import Batch
 
-# fp32 weights of all sides that are read together, if several experts have so little
-GROUP_BYTES = 256 << 20
-_FP32 = 4
+# weights of all sides that are read together, if several experts have so little
+GROUP_BYTES = 64 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +34,11 @@ class Side:
         engine = EngineConfig(
             dtype=options.dtype, device=options.device, moe_backend=VANILLA, activations=options.activations
         )
-        return cls(name, source, ModelLoader(source, engine, with_mtp=options.with_mtp))
+        loader = ModelLoader(source, engine, with_mtp=options.with_mtp)
+        for module in loader.model.modules():
+            if isinstance(module, Linear):
+                module.in_blocks = not options.deterministic and options.device == "cpu"
+        return cls(name, source, loader)
 
     @property
     def num_layers(self) -> int:
@@ -90,7 +94,8 @@ def _layer_batches(sides: Sequence[Side], layer: int, parts: Sequence[LayerParts
     yield batch("mlp", [[found.mlp] for found in parts])
     count = len(parts[0].experts)
     if count:
-        size = sum(weight.numel * _FP32 for found in parts for weight in found.experts[0].weights)
+        first = [found.experts[0].names for found in parts]
+        size = sum(side.loader.held_bytes(names, as_stored=True) for side, names in zip(sides, first, strict=True))
         step = max(1, GROUP_BYTES // size)
         for start in range(0, count, step):
             group = range(start, min(start + step, count))

@@ -8,6 +8,7 @@ import torch
 from builders import small_checkpoint
 
 from converters.errors import InputError
+from converters.schema import parse
 from converters.source import open_source
 from runtime.model.loader import ModelLoader
 from runtime.streaming.options import StreamOptions
@@ -67,7 +68,7 @@ def test_no_more_is_held_than_planned(side, workers, monkeypatch):
     def counted_fetch(self, names, **how):
         nonlocal held, peak
         with lock:
-            held += self.held_bytes(names)
+            held += self.held_bytes(names, as_stored=True)
             peak = max(peak, held)
         return fetch(self, names, **how)
 
@@ -75,7 +76,7 @@ def test_no_more_is_held_than_planned(side, workers, monkeypatch):
         nonlocal held
         release(self, names)
         with lock:
-            held -= self.held_bytes(names)
+            held -= self.held_bytes(names, as_stored=True)
 
     monkeypatch.setattr(ModelLoader, "fetch", counted_fetch)
     monkeypatch.setattr(ModelLoader, "release", counted_release)
@@ -154,22 +155,71 @@ def test_reading_ahead_is_bounded(side, monkeypatch):
         assert started == [batch.names[0] for batch in batches[: 1 + batches_ahead(1)]]
 
 
-def test_codes_are_multiplied_out_as_a_linear_layer_does(tmp_path, make_small):
+@pytest.mark.usefixtures("single_experts")
+def test_experts_that_nobody_needs_are_not_read(side, monkeypatch):
+    """Those of the layer at hand, but for what is being read already; those of the next layer are another matter."""
+    batches, done, fetched, fetch = plan_batches([side]), list[int](), list[str](), ModelLoader.fetch
+    begun = threading.Event()
+
+    def listed(self, names, **how):
+        fetched.extend(names)
+        if any(".experts." in name for name in names):
+            begun.set()
+        return fetch(self, names, **how)
+
+    monkeypatch.setattr(ModelLoader, "fetch", listed)
+    with ReadAhead([side.loader], batches, 1, done.append) as reads:
+        for batch in batches:
+            if batch.layer == 1 and batch.what.endswith("mlp"):
+                break
+            with reads.resident():
+                pass
+        with reads.resident():
+            assert begun.wait(60)
+            reads.narrow(1, [frozenset({4, 9})])
+        while reads.peek() is not None:
+            with reads.resident():
+                pass
+    experts = {
+        layer: {parse(name).expert for name in fetched if f"layers.{layer}.mlp.experts." in name} for layer in (1, 2)
+    }
+    # one thread reads one batch, and may just have begun the next
+    assert {4, 9} <= experts[1] <= {0, 1, 2, 4, 9}
+    assert experts[2] == set(range(12))
+    whole = sum(side.loader.stored_bytes(batch.names[0]) for batch in batches)
+    assert sum(done) == whole == reads.bytes_read + reads.bytes_skipped
+    assert reads.bytes_skipped == sum(
+        side.loader.stored_bytes(batch.names[0])
+        for batch in batches
+        if batch.layer == 1 and batch.experts and batch.experts[0] not in experts[1]
+    )
+
+
+def test_a_batch_is_narrowed_side_by_side(side):
+    batch = next(batch for batch in plan_batches([side, side]) if batch.experts)
+    narrowed = batch.narrowed([frozenset({1}), frozenset({1, 3})])
+    assert [{parse(name).expert for name in names} for names in narrowed.names] == [{1}, {1, 3}]
+    assert narrowed.experts == batch.experts
+    assert batch.narrowed([frozenset(), frozenset()]).experts == range(0)
+
+
+def test_weights_come_as_they_are_stored_and_are_widened_on_use(tmp_path, make_small):
     from converters.job import run
     from converters.pipeline import RunOptions
     from converters.quantize import QuantizeOptions, plan_quantize
 
     with open_source(make_small("plain")) as source:
         run(plan_quantize(source, QuantizeOptions(scheme="fp8")), tmp_path / "fp8", RunOptions(workers=1), float)
-    with open_source(Path(tmp_path / "fp8")) as source:
-        loader = Side.of("model", source, StreamOptions()).loader
-        names = [name for name in loader.layer_names(0) if ".q_proj." in name]
-        assert len(names) == 3
-        module = loader.model.get_submodule(names[0].rpartition(".")[0])
-        loader.place(loader.fetch(names))
-        assert module.weight.dtype is torch.float8_e4m3fn
-        expected = module.dequantized(torch.float32)
-        loader.release(names)
-        loader.place(loader.fetch(names, dequantized=True))
-        assert module.weight.dtype is torch.float32
-        assert torch.equal(module.dequantized(torch.float32), expected)
+    for folder, dtype in (("plain", torch.bfloat16), ("fp8", torch.float8_e4m3fn)):
+        with open_source(Path(tmp_path / folder)) as source:
+            loader = Side.of("model", source, StreamOptions()).loader
+            names = [name for name in loader.layer_names(0) if ".q_proj." in name or "q_norm" in name]
+            loader.place(loader.fetch(names, as_stored=True))
+            module = loader.model.get_submodule("model.layers.0.self_attn.q_proj")
+            assert module.weight.dtype is dtype
+            assert module.in_blocks
+            others = [name for name in names if not name.endswith("q_proj.weight")]
+            assert {loader.model.get_parameter(name).dtype for name in others} == {torch.float32}
+            hidden = torch.randn(5, 48, generator=torch.Generator().manual_seed(0))
+            expected = hidden.double() @ module.dequantized(torch.float32).double().T + module.bias.double()
+            torch.testing.assert_close(module(hidden).double(), expected, rtol=1e-5, atol=1e-5)
