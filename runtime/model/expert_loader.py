@@ -138,8 +138,8 @@ class ExpertLoader:
         for one in found:
             schemes[one.tensor.spec.role].add(one.scheme)
         routed, shared = (schemes[role] for role in (Role.EXPERT, Role.SHARED_EXPERT))
-        inputs = {one.inputs for one in found if one.tensor.spec.role is Role.EXPERT}
-        return StoredExperts(_only(routed), _only(shared), frozenset(inputs))
+        inputs = {role: frozenset(one.inputs for one in found if one.tensor.spec.role is role) for role in _ROLES}
+        return StoredExperts(_only(routed), _only(shared), inputs[Role.EXPERT], inputs[Role.SHARED_EXPERT])
 
     def _place(self, layer: int, found: list[_Stored], official: OfficialTensors) -> None:
         plan, config = self.plan.layers[layer], self._config

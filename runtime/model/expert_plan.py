@@ -29,12 +29,14 @@ class StoredExperts:
     Args:
         routed: of all routed ones; None: some differ from others, or no grouped layout has it.
         shared: of the shared one.
-        inputs: what engines do to inputs, of each weight.
+        inputs: what engines do to inputs, of each weight of the routed ones.
+        shared_inputs: the same of the shared one; None: as of the routed ones.
     """
 
     routed: ExpertScheme | None
     shared: ExpertScheme | None
     inputs: frozenset[InputScheme | None] = frozenset({None})
+    shared_inputs: frozenset[InputScheme | None] | None = None
 
     @property
     def is_static(self) -> bool:
@@ -171,7 +173,10 @@ def _why_apart(found: StoredExperts, config: Glm4MoeConfig) -> str:
         return f"{config.n_shared_experts} shared experts side by side"
     if found.routed is None or found.shared is None:
         return "routed experts in several schemes, or in one that has to be decoded"
-    return "" if found.routed is found.shared else f"routed experts in {found.routed}, the shared one in {found.shared}"
+    if found.routed is not found.shared:
+        return f"routed experts in {found.routed}, the shared one in {found.shared}"
+    is_alike = found.shared_inputs in (None, found.inputs)
+    return "" if is_alike else "inputs of the shared expert that are rounded otherwise"
 
 
 def _num_shared(layer: int, found: StoredExperts, config: Glm4MoeConfig, engine: EngineConfig) -> int:

@@ -20,6 +20,8 @@ from runtime.moe.weights import ExpertScheme
 from runtime.moe.workspace import Workspace
 
 _UNKNOWN_CAPABILITY = 90
+# rows of the smallest tile
+_LEAST_BLOCK_M = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,10 +84,20 @@ class FusedExperts:
     is_masked: bool = False
 
     def route(
-        self, router_logits_TE: torch.Tensor, expert_bias_E: torch.Tensor, config: Glm4MoeConfig, num_shared: int
+        self,
+        router_logits_TE: torch.Tensor,
+        expert_bias_E: torch.Tensor,
+        config: Glm4MoeConfig,
+        num_shared: int,
+        workspace: Workspace,
     ) -> Slots:
-        """Return the slots of logits (T, E) fp32, a fused shared expert as the last of each token."""
-        ids_TK, weights_TK = self.ops.route(router_logits_TE, expert_bias_E, config, num_shared=num_shared)
+        """Return the slots of logits (T, E) fp32, a fused shared expert as the last of each token.
+
+        They lie in the workspace, until the next layer's are routed.
+        """
+        shape = (len(router_logits_TE), config.num_experts_per_tok + num_shared)
+        out = workspace.take("ids", shape, torch.int32), workspace.take("routing_weights", shape, torch.float32)
+        ids_TK, weights_TK = self.ops.route(router_logits_TE, expert_bias_E, config, num_shared=num_shared, out=out)
         return Slots(ids_TK, weights_TK, config.n_routed_experts + num_shared, num_shared)
 
     def run(
@@ -147,8 +159,12 @@ class FusedExperts:
         )
 
     def _rows(self, slots: Slots, block_m: int, workspace: Workspace) -> Rows:
+        # numbers alone, as in `_tiles`
+        from runtime.kernels.moe.configs import num_counts
+
         num_slots, num_experts = slots.num_slots, slots.num_experts
         positions_S = workspace.take("positions", (num_slots,), torch.int32)
+        scratch = workspace.take("run_counts", (num_counts(num_slots, num_experts),), torch.int32)
         if self.is_masked:
             num_tokens = len(slots.ids_TK)
             masked = MaskedRows(
@@ -156,16 +172,20 @@ class FusedExperts:
                 workspace.take("counts", (num_experts,), torch.int32),
                 positions_S,
             )
-            return self.ops.build_masked_rows(slots.ids_TK, num_experts, num_tokens, out=masked)
+            return self.ops.build_masked_rows(slots.ids_TK, num_experts, num_tokens, out=masked, scratch=scratch)
         num_rows = capacity(num_slots, num_experts, block_m)
+        # more tokens come in larger blocks, of which there are fewer: one warm-up is to take enough for all
+        max_blocks = capacity(num_slots, num_experts, _LEAST_BLOCK_M) // _LEAST_BLOCK_M
         rows = ContiguousRows(
             workspace.take("row_slots", (num_rows,), torch.int32),
-            workspace.take("blocks", (num_rows // block_m,), torch.int32),
+            workspace.take("blocks", (max_blocks,), torch.int32)[: num_rows // block_m],
             workspace.take("num_blocks", (1,), torch.int32),
             block_m,
             positions_S,
         )
-        return self.ops.build_rows(slots.ids_TK, num_experts, block_m, num_shared=slots.num_shared, out=rows)
+        return self.ops.build_rows(
+            slots.ids_TK, num_experts, block_m, num_shared=slots.num_shared, out=rows, scratch=scratch
+        )
 
     def _rounded(
         self,

@@ -38,7 +38,9 @@ def grouped_mm(rows_SK: torch.Tensor, weight_ENK: torch.Tensor, ends_E: torch.Te
 class CutlassExperts:
     """One grouped product each for gate with up, and for down; activation and sum are launches of their own.
 
-    Torch allocates the products' results, of a size that depends on the number of tokens alone.
+    Torch allocates the products' results, of a size that depends on the number of tokens alone. On the CPU a product of
+    fewer than four rows adds up in another order than one of more: an expert whose rows are shared out to copies of it,
+    or that has others in its batch, may differ in the last bits. That is why no batch-invariant mode has this backend.
     """
 
     def run(

@@ -102,14 +102,15 @@ class MoE(nn.Module):
         num_shared = self.local.weights.num_shared
         logits_TE = self.gate.logits(hidden_TD)
         if isinstance(self.backend, FusedExperts):
-            slots = self.backend.route(logits_TE, self.gate.bias_E, self.gate.config, num_shared)
+            slots = self.backend.route(logits_TE, self.gate.bias_E, self.gate.config, num_shared, self.workspace)
         else:
             ids_TK, weights_TK = self.gate.choose(logits_TE)
             slots = slots_of(ids_TK, weights_TK, len(self.experts), num_shared)
         if observer is not None:
             top_k = self.gate.config.num_experts_per_tok
-            ids_TK, weights_TK = slots.ids_TK[:, :top_k], slots.weights_TK[:, :top_k]
-            observer(Routing(self.gate.layer, logits_TE, ids_TK.to(torch.int64), weights_TK))
+            # the slots may lie in the workspace, and the observer may keep what it is told
+            ids_TK, weights_TK = slots.ids_TK[:, :top_k].to(torch.int64), slots.weights_TK[:, :top_k].clone()
+            observer(Routing(self.gate.layer, logits_TE, ids_TK, weights_TK))
         self.backend.run(hidden_TD, slots, self.local, self.workspace, out_TD)
         if not num_shared:
             out_TD += self.shared_experts(hidden_TD)

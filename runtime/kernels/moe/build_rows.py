@@ -143,7 +143,7 @@ def build_rows(
         block_m: rows of a block, a power of two.
         num_shared: experts at the end that come first.
         out: what to fill.
-        scratch: int32, `slots.num_counts` values that are free meanwhile.
+        scratch: int32, `configs.num_counts` values that are free meanwhile.
     """
     launches, out = build_rows_launches(
         topk_ids_TK, num_experts, block_m, num_shared=num_shared, out=out, scratch=scratch
@@ -189,7 +189,7 @@ def build_masked_rows(
         num_experts: E, the shared one included.
         max_rows: at least the number of tokens, so that no row is ever dropped.
         out: what to fill.
-        scratch: int32, `slots.num_counts` values that are free meanwhile.
+        scratch: int32, `configs.num_counts` values that are free meanwhile.
     """
     launches, out = build_masked_rows_launches(topk_ids_TK, num_experts, max_rows, out=out, scratch=scratch)
     for launch in launches:

@@ -15,6 +15,9 @@ HOPPER, BLACKWELL = 90, 100
 GEMV_ROWS = 0.3
 WIDE_ROWS = 48.0
 FULL_ROWS = 128.0
+# slots of a run of `build_rows`, if there are several; below that many there is one
+CHUNK = 8192
+ALONE = 4096
 SHARED_MEMORY_BYTES = 227 * 1024
 _TMA_ALIGNMENT_BYTES = 16
 
@@ -135,6 +138,16 @@ def can_describe(scheme: ExpertScheme, num_columns: int) -> bool:
     """Whether rows of so many columns begin where a descriptor can address them."""
     row_bytes = num_columns // 2 if scheme is ExpertScheme.NVFP4 else num_columns * scheme.code_dtype.itemsize
     return row_bytes % _TMA_ALIGNMENT_BYTES == 0
+
+
+def num_counts(num_slots: int, num_experts: int) -> int:
+    """Return how many int32 values `build_rows` needs as scratch; 0 if one launch does."""
+    return 0 if num_slots <= ALONE else -(-num_slots // CHUNK) * padded_experts(num_experts)
+
+
+def padded_experts(num_experts: int) -> int:
+    """Return the bins of a histogram of experts; not everywhere are there any of fewer than a warp has threads."""
+    return max(32, 1 << (num_experts - 1).bit_length())
 
 
 def _described(config: TileConfig, scheme: ExpertScheme, num_columns: int) -> TileConfig:

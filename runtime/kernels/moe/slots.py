@@ -11,10 +11,8 @@ import triton
 import triton.language as tl
 
 from runtime.kernels.launch import Launch
+from runtime.kernels.moe.configs import ALONE, CHUNK, padded_experts
 
-# slots of a run, if there are several; below that many there is one
-CHUNK = 8192
-ALONE = 4096
 TILE = 1024
 # a slot for each thread of a program
 LEAST = 128
@@ -128,16 +126,6 @@ def new_int32(device: torch.device) -> Callable[..., torch.Tensor]:
     return lambda *shape: torch.empty(shape, dtype=torch.int32, device=device)
 
 
-def numcounts_of_run(num_slots: int, num_experts: int) -> int:
-    """Return how many int32 values `scratch` has to hold; 0 if one launch does."""
-    return 0 if num_slots <= ALONE else triton.cdiv(num_slots, CHUNK) * _padded(num_experts)
-
-
-def _padded(num_experts: int) -> int:
-    # histograms of fewer bins than a warp has threads are not made everywhere
-    return max(32, triton.next_power_of_2(num_experts))
-
-
 def count(
     topk_ids_TK: torch.Tensor, num_experts: int, num_shared: int, scratch: torch.Tensor | None
 ) -> tuple[list[Launch], torch.Tensor, dict[str, Any]]:
@@ -149,13 +137,13 @@ def count(
     num_runs = triton.cdiv(num_slots, chunk)
     constants = {
         "EXPERTS": num_experts,
-        "PAD": _padded(num_experts),
+        "PAD": padded_experts(num_experts),
         "SHARED": num_shared,
         "CHUNK": chunk,
         "TILE": min(chunk, TILE),
     }
     if num_slots <= ALONE:
         return [], topk_ids_TK, constants | {"RUNS": 1}
-    counts = new_int32(topk_ids_TK.device)(numcounts_of_run(num_slots, num_experts)) if scratch is None else scratch
+    counts = new_int32(topk_ids_TK.device)(num_runs * padded_experts(num_experts)) if scratch is None else scratch
     counting = Launch(count_runs, num_runs, (topk_ids_TK, counts, num_slots), constants, (counts,))
     return [counting], counts, constants | {"RUNS": max(4, triton.next_power_of_2(num_runs))}

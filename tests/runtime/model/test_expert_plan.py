@@ -103,6 +103,16 @@ def test_inputs_that_differ_within_a_layer_are_refused(config):
         plan_experts({1: stored}, config, EngineConfig(moe_backend="batched"))
 
 
+def test_shared_expert_whose_inputs_are_rounded_otherwise_is_not_fused(config):
+    """Fused, its inputs would be rounded as those of the routed ones."""
+    per_token = frozenset({InputScheme(InputCode.FP8)})
+    alike, apart = (StoredExperts(FP8, FP8, per_token, inputs) for inputs in (per_token, frozenset({None})))
+    plan = plan_experts({1: alike, 2: apart}, config, EngineConfig(moe_backend="batched"))
+    assert plan.layers == {1: LayerPlan(FP8, 1), 2: LayerPlan(FP8, 0)}
+    with pytest.raises(UsageError, match=r"in layer 2, found inputs of the shared expert that are rounded otherwise\."):
+        plan_experts({2: apart}, config, EngineConfig(moe_backend="batched", fused_shared_experts="on"))
+
+
 def test_layers_are_planned_one_by_one(config):
     stored = {1: CODED, 2: StoredExperts(FP8, BF16), 3: StoredExperts(None, None)}
     plan = plan_experts(stored, config, EngineConfig(moe_backend="batched"))

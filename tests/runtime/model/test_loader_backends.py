@@ -1,5 +1,6 @@
 """Experts in grouped layout, loaded from every layout and scheme: the model that the loop over experts is."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -132,6 +133,30 @@ def test_codes_are_kept_from_every_layout(src, tmp_path, scheme, format_):
                     assert torch.equal(ours, theirs)
 
 
+@pytest.mark.parametrize("fused", ["on", "off"])
+def test_plain_experts_are_packed_alike_from_every_layout(src, tmp_path, fused):
+    """The MTP layer's are the last; a shared expert that is not fused is compared as a module."""
+    folders = {Layout.SPLIT: src}
+    for layout in set(Layout) - {Layout.SPLIT}:
+        folders[layout] = tmp_path / layout
+        with open_source(src) as source:
+            run(plan_convert(source, ConvertOptions(layout=layout)), folders[layout], RunOptions(1), lambda _: None)
+    found = {layout: blocks(load(folder, "batched", fused_shared_experts=fused)) for layout, folder in folders.items()}
+    assert len(found) == 4
+    for moes in found.values():
+        for moe, expected in zip(moes, found[Layout.SPLIT], strict=True):
+            weights, theirs = moe.local.weights, expected.local.weights
+            assert replace(weights, up=theirs.up, down=theirs.down) == theirs
+            assert weights.num_shared == int(fused == "on")
+            assert torch.equal(weights.up.codes, theirs.up.codes)
+            assert torch.equal(weights.down.codes, theirs.down.codes)
+            if fused == "off":
+                for ours, shared in zip(
+                    moe.shared_experts.parameters(), expected.shared_experts.parameters(), strict=True
+                ):
+                    assert torch.equal(ours, shared)
+
+
 @pytest.mark.parametrize("backend", GROUPED)
 @pytest.mark.parametrize(("scheme", "format_"), [("fp8", "modelopt"), ("nvfp4-weight-only", "compressed-tensors")])
 def test_quantized_model_is_the_same_in_every_backend(src, tmp_path, backend, scheme, format_):
@@ -213,6 +238,15 @@ def test_shared_expert_in_another_scheme_is_computed_apart_or_refused(mixed):
     )
     with pytest.raises(UsageError, match="^moe_deterministic: expected one shared expert in the scheme"):
         load(mixed, "batched", moe_deterministic=True)
+
+
+@pytest.mark.parametrize("layout", [Layout.PACKED, Layout.FUSED])
+@pytest.mark.parametrize("backend", ["cutlass", "triton"])
+def test_shared_expert_in_another_scheme_is_refused_in_every_backend_and_layout(mixed, tmp_path, backend, layout):
+    with open_source(mixed) as source:
+        run(plan_convert(source, ConvertOptions(layout=layout)), tmp_path / "dst", RunOptions(1), lambda _: None)
+    with pytest.raises(UsageError, match="^fused_shared_experts: expected one shared expert in the scheme"):
+        load(tmp_path / "dst", backend, fused_shared_experts="on", activations="as-served")
 
 
 def test_two_shared_experts_are_not_one(tmp_path):

@@ -10,11 +10,13 @@ from converters.config import Glm4MoeConfig
 from converters.formats.inputs import InputCode, InputScheme
 from runtime.model.activations import InputQuantizer
 from runtime.moe.batched import BatchedExperts
+from runtime.moe.dispatcher import Slots, combine_slots
+from runtime.moe.expert_map import ExpertMap
 from runtime.moe.experts import LocalExperts
 from runtime.moe.fused import FusedExperts, FusedOps
 from runtime.moe.layouts import FILTERED
 from runtime.moe.plan import TRITON, VANILLA_PLAN, LayerPlan, MoePlan
-from runtime.moe.weights import ExpertScheme
+from runtime.moe.weights import ExpertScheme, ExpertWeights, Packed
 from runtime.moe.workspace import Workspace
 from tests.builders import small_config
 from tests.runtime.moe.expert_layers import exact_layer, random_experts, random_slots
@@ -23,6 +25,13 @@ from tests.runtime.moe.moe_blocks import filled_moe
 H, I, E, K = 96, 80, 4, 2  # noqa: E741
 SCHEMES = [scheme for scheme in ExpertScheme if scheme is not ExpertScheme.INT8_W8A8]
 
+# the experts of each rank; the shared one is the last of each, and the third line has copies of others as well
+HELD = {
+    "1 rank": [[0, 1, 2, 3, 4]],
+    "2 ranks": [[0, 1, 4], [2, 3, 4]],
+    "2 ranks with copies": [[0, 1, 2, 4], [2, 3, 0, 4]],
+    "4 ranks": [[0, 4], [1, 4], [2, 4], [3, 4]],
+}
 ROUNDED = (ExpertScheme.FP8_CHANNEL, ExpertScheme.FP8_BLOCK, ExpertScheme.INT8_W8A8)
 
 
@@ -37,6 +46,23 @@ def excess(scheme: ExpertScheme, num_tokens: int, **options: bool) -> float:
     backend.run(hidden, slots, experts, Workspace(hidden.device), out)
     exact = exact_layer(hidden, slots, experts.weights)
     return float(((out.double() - exact.values).abs() / exact.budget).max())
+
+
+def ranks_difference(held: list[list[int]], *, is_masked: bool) -> float:
+    """Return how far ranks with these experts, the sums of their slots taken, are from one rank with all of them."""
+    weights, hidden, slots = random_experts(ExpertScheme.FP32, E, 1, H, I), torch.randn(6, H), random_slots(6, E, K)
+    backend, experts = FusedExperts(FusedOps.of_kernels(), True, is_masked), ExpertMap.of(held, E + 1)
+
+    def results(local: Slots, part: ExpertWeights) -> torch.Tensor:
+        return backend.slot_results(hidden, local, LocalExperts(part), Workspace(hidden.device)).clone()
+
+    total = torch.zeros(slots.num_slots, H)
+    for rank, ids in enumerate(held):
+        up, down = Packed(weights.up.codes[ids]), Packed(weights.down.codes[ids])
+        part = replace(weights, up=up, down=down, num_routed=len(ids) - 1)
+        total += results(experts.local_slots(slots, rank), part)
+    sums = [combine_slots(values, slots, Workspace(hidden.device)) for values in (total, results(slots, weights))]
+    return float((sums[0] - sums[1]).abs().max())
 
 
 def rounding_difference(scheme: ExpertScheme) -> float:
@@ -79,6 +105,9 @@ def report() -> dict[str, float]:
     found["masked layout"] = excess(ExpertScheme.BF16, 5, is_masked=True)
     found["batch invariant"] = excess(ExpertScheme.BF16, 1, is_batch_invariant=True)
     roundings = {f"rounded {scheme}": rounding_difference(scheme) for scheme in ROUNDED}
+    for ranks, held in HELD.items():
+        for layout in ("contiguous", "masked"):
+            found[f"{ranks}, {layout}"] = ranks_difference(held, is_masked=layout == "masked")
     return found | roundings | {"block": block_difference()}
 
 

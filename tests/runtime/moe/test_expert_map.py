@@ -1,25 +1,62 @@
 """Expert parallelism in one process: ranks compute their slots, and the sum is that of one rank."""
 
+from dataclasses import dataclass
+
 import pytest
 import torch
 
 from converters.shard.mapping import ParallelMapping, Placement
+from runtime.model.mlp import GatedMlp
 from runtime.moe.batched import BatchedExperts
 from runtime.moe.dispatcher import Slots, combine_slots
 from runtime.moe.expert_map import ExpertMap
-from runtime.moe.experts import GroupedExperts, LocalExperts
+from runtime.moe.experts import GroupedExperts, LocalExperts, vanilla_experts
+from runtime.moe.fused import FusedExperts, FusedOps
 from runtime.moe.grouped import CutlassExperts
-from runtime.moe.layouts import FILTERED
+from runtime.moe.layouts import FILTERED, masked_rows, ragged_rows
 from runtime.moe.weights import ExpertScheme, ExpertWeights, plain_weights
 from runtime.moe.workspace import Workspace
 from tests.runtime.moe.expert_layers import exact_layer, random_experts, random_slots, values_of
 
 E, H, I, K, T = 12, 64, 32, 4, 21  # noqa: E741
+
+
+@dataclass(frozen=True, slots=True)
+class LoopExperts(GroupedExperts):
+    """The loop over experts on rows of either layout."""
+
+    is_masked: bool = False
+
+    def slot_results(
+        self, hidden_TD: torch.Tensor, slots: Slots, experts: LocalExperts, workspace: Workspace
+    ) -> torch.Tensor:
+        """Return each slot's result, zero where it is filtered."""
+        ids, num_experts = slots.ids_TK, slots.num_experts
+        if self.is_masked:
+            masked = masked_rows(ids, num_experts, len(ids))
+            counts = masked.counts.to(torch.int64)
+            slots_R = torch.cat([row[:count] for row, count in zip(masked.slots, counts.tolist(), strict=True)])
+        else:
+            ragged = ragged_rows(ids, num_experts)
+            counts = ragged.ends_E.diff(prepend=torch.zeros(1, dtype=torch.int32)).to(torch.int64)
+            slots_R = ragged.slots_S[: int(counts.sum())]
+        slots_R = slots_R.to(torch.int64)
+        out = torch.zeros(slots.num_slots, hidden_TD.shape[1], dtype=hidden_TD.dtype)
+        out[slots_R] = vanilla_experts(hidden_TD[slots_R // slots.num_choices], counts, mlps(experts.weights))
+        return out
+
+
 BACKENDS: dict[str, GroupedExperts] = {
+    "vanilla": LoopExperts(),
+    "vanilla, masked layout": LoopExperts(is_masked=True),
     "batched": BatchedExperts(is_batch_invariant=True),
     "batched, masked layout": BatchedExperts(is_masked=True),
     "cutlass": CutlassExperts(),
+    "triton": FusedExperts(FusedOps.of_twins(), is_batch_invariant=True),
+    "triton, masked layout": FusedExperts(FusedOps.of_twins(), is_batch_invariant=True, is_masked=True),
 }
+# products of as many rows as an expert has: fewer than four are added up otherwise
+BY_ROWS = [name for name in BACKENDS if not name.startswith("batched")]
 
 
 def held_by(ep: int, placement: Placement, redundant: int) -> list[list[int]]:
@@ -31,6 +68,17 @@ def held_by(ep: int, placement: Placement, redundant: int) -> list[list[int]]:
 def share(weights: ExpertWeights, held: tuple[int, ...]) -> LocalExperts:
     gate, up, down = (value[list(held)] for value in values_of(weights, torch.float32))
     return LocalExperts(plain_weights(gate, up, down, num_shared=1))
+
+
+def mlps(weights: ExpertWeights) -> list[GatedMlp]:
+    """Return the experts as modules."""
+    found = []
+    for parts in zip(*values_of(weights, torch.float32), strict=True):
+        mlp = GatedMlp(weights.hidden_size, weights.intermediate_size)
+        for linear, value in zip((mlp.gate_proj, mlp.up_proj, mlp.down_proj), parts, strict=True):
+            linear.weight = torch.nn.Parameter(value, requires_grad=False)
+        found.append(mlp)
+    return found
 
 
 def results(backend: GroupedExperts, hidden: torch.Tensor, slots: Slots, experts: LocalExperts) -> torch.Tensor:
@@ -72,22 +120,39 @@ def test_ranks_add_up_to_one_rank_bit_for_bit(layer, name, placement, ep, redund
     assert torch.equal(combined(total, slots), combined(expected, slots))
 
 
-@pytest.mark.parametrize("ep", [2, 4])
-def test_ranks_without_copies_add_up_bit_for_bit_in_products_of_torch(layer, ep):
+@pytest.mark.parametrize("name", BY_ROWS)
+@pytest.mark.parametrize("ep", [1, 2, 4])
+def test_ranks_without_copies_add_up_bit_for_bit_in_every_backend(layer, name, ep):
     """One rank alone has the shared expert: every expert has the rows that it would have in one rank."""
     hidden, slots, weights = layer
     held = ParallelMapping(tp=ep, ep=ep).slots(E)
     held[0].append(E)
-    expected = results(BACKENDS["cutlass"], hidden, slots, LocalExperts(weights))
-    assert torch.equal(over_ranks(BACKENDS["cutlass"], held, hidden, slots, weights), expected)
+    expected = results(BACKENDS[name], hidden, slots, LocalExperts(weights))
+    total = over_ranks(BACKENDS[name], held, hidden, slots, weights)
+    assert torch.equal(total, expected)
+    assert torch.equal(combined(total, slots), combined(expected, slots))
 
 
-def test_ranks_with_copies_stay_within_budget_in_products_of_torch(layer):
-    """Copies share an expert's rows, and torch may add up otherwise where there are fewer."""
+@pytest.mark.parametrize("name", BY_ROWS)
+def test_ranks_with_copies_stay_within_budget_in_every_backend(layer, name):
+    """Copies share an expert's rows, and torch adds up otherwise where there are fewer than four."""
     hidden, slots, weights = layer
-    total = over_ranks(BACKENDS["cutlass"], held_by(4, Placement.CONTIGUOUS, 8), hidden, slots, weights)
+    total = over_ranks(BACKENDS[name], held_by(4, Placement.CONTIGUOUS, 8), hidden, slots, weights)
     exact = exact_layer(hidden, slots, weights)
     assert ((combined(total, slots).double() - exact.values).abs() <= exact.budget).all()
+
+
+@pytest.mark.parametrize("name", BY_ROWS)
+def test_copies_with_four_rows_or_more_add_up_bit_for_bit(layer, name):
+    """Each of two ranks has every expert, and every second token."""
+    _, _, weights = layer
+    hidden, slots = torch.randn(64, H), random_slots(64, E, K)
+    held = [[*range(E + 1)], [*range(E + 1)]]
+    for rank in range(2):
+        local = ExpertMap.of(held, E + 1).local_slots(slots, rank).ids_TK
+        assert local[local != FILTERED].bincount().min() >= 4
+    expected = results(BACKENDS[name], hidden, slots, LocalExperts(weights))
+    assert torch.equal(over_ranks(BACKENDS[name], held, hidden, slots, weights), expected)
 
 
 def test_copies_take_turns_by_token():

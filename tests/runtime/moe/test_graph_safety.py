@@ -1,6 +1,7 @@
 """What a CUDA graph asks for, seen on the CPU: nothing waits for a value, and after a warm-up nothing large is made."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,7 +10,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from converters.config import Glm4MoeConfig
-from runtime.moe.plan import BATCHED, CUTLASS, VANILLA_PLAN, LayerPlan, MoePlan
+from runtime.kernels.launch import Launch
+from runtime.moe.fused import FusedOps
+from runtime.moe.plan import BATCHED, CUTLASS, TRITON, VANILLA_PLAN, LayerPlan, MoePlan
+from runtime.moe.router import Routing
 from runtime.moe.runner import MoE
 from runtime.moe.weights import ExpertScheme
 from tests.runtime.moe.moe_blocks import filled_moe
@@ -51,6 +55,19 @@ class Watch(TorchDispatchMode):
 @pytest.fixture
 def config(make_checkpoint: Callable[..., Any]) -> Glm4MoeConfig:
     return Glm4MoeConfig.from_folder(make_checkpoint().folder)
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> list[Launch]:
+    """Kernels are prepared and noted, but not run: what is left is what the host does."""
+    found: list[Launch] = []
+
+    def note(launch: Launch) -> tuple[torch.Tensor, ...]:
+        found.append(launch)
+        return launch.outputs
+
+    monkeypatch.setattr(Launch, "run", note)
+    return found
 
 
 def grouped(config: Glm4MoeConfig, backend: str, num_shared: int = 1) -> MoE:
@@ -100,3 +117,52 @@ def test_a_workspace_that_is_fixed_refuses_to_grow(config):
     moe.workspace.is_fixed = True
     with pytest.raises(AssertionError, match="after warm-up"):
         moe(torch.randn(1, 5, config.hidden_size), None)
+
+
+@pytest.mark.parametrize("num_shared", [0, 1])
+def test_between_kernels_nothing_waits_and_nothing_is_made(config, launched, num_shared):
+    """But for what router logits and a shared expert of its own take; from one token on, where two programs suffice."""
+    moe, num_tokens = grouped(replace(config, n_routed_experts=16), TRITON, num_shared), 120
+    moe.warm_up(num_tokens, torch.float32)
+    assert moe.workspace is not None
+    moe.workspace.is_fixed = True
+    addresses, out = moe.workspace.addresses(), torch.empty(1, num_tokens, config.hidden_size)
+    names = set()
+    for size in range(1, num_tokens + 1):
+        hidden = torch.randn(1, size, config.hidden_size)
+        with Watch() as apart:
+            moe.gate.logits(hidden[0])
+            if not num_shared:
+                moe.shared_experts(hidden)
+        launched.clear()
+        with Watch() as watch:
+            moe(hidden, None, out[:, :size])
+        assert watch.waiting == set()
+        assert watch.new_bytes == apart.new_bytes, size
+        names.add(tuple(launch.kernel.__name__ for launch in launched))
+    assert moe.workspace.addresses() == addresses
+    assert sorted(map(len, names)) == [3, 5], names
+
+
+def test_memory_of_blocks_and_of_counts_is_taken_for_all_numbers_of_tokens(config, launched):
+    """As many slots as are counted in runs, and then fewer, in smaller and more blocks."""
+    moe = grouped(replace(config, n_routed_experts=64), TRITON)
+    moe.warm_up(1700, torch.float32)
+    assert moe.workspace is not None
+    moe.workspace.is_fixed = True
+    addresses = moe.workspace.addresses()
+    assert any(name.startswith("run_counts") for name in addresses)
+    for size in (1, 5, 6, 7, 100, 226, 227, 228, 454, 455, 456, 1023, 1024, 1025, 1366, 1700):
+        moe(torch.randn(1, size, config.hidden_size), None)
+    assert moe.workspace.addresses() == addresses
+
+
+def test_what_an_observer_keeps_of_a_routing_is_its_own(config, monkeypatch):
+    monkeypatch.setattr(FusedOps, "of_kernels", FusedOps.of_twins)
+    moe, seen = grouped(config, TRITON), list[Routing]()
+    moe(torch.randn(1, 5, config.hidden_size), seen.append)
+    ids, weights = seen[0].topk_ids_TK.clone(), seen[0].topk_weights_TK.clone()
+    moe(torch.randn(1, 5, config.hidden_size), seen.append)
+    assert not torch.equal(seen[1].topk_weights_TK, weights)
+    assert torch.equal(seen[0].topk_ids_TK, ids)
+    assert torch.equal(seen[0].topk_weights_TK, weights)
