@@ -1,4 +1,4 @@
-"""Two models on the same tokens, window by window: each window's logits are scored and forgotten.
+"""The oracle of the streamed comparison: both models in memory, window by window, each scored and forgotten.
 
 Shape suffixes: T tokens of a window, R rows scored at a time, D hidden, V vocabulary, K experts per token.
 

@@ -19,7 +19,6 @@ from converters.quant.scheme import Recipe
 from converters.quant.stats import CalibrationStats, LayerCoverage, coverage
 from converters.schema import Role
 from converters.source import Source, open_source
-from runtime.calibrate.hidden import token_matrix
 from runtime.calibrate.layers import Stream
 from runtime.calibrate.memory import MemoryPlan, plan_memory
 from runtime.calibrate.options import CalibrateOptions
@@ -28,6 +27,7 @@ from runtime.calibrate.text import CalibrationText, read_texts
 from runtime.config import EngineConfig
 from runtime.model.loader import ModelLoader
 from runtime.streaming.embedding import embed, names_of
+from runtime.streaming.hidden import token_matrix
 from runtime.streaming.options import Progress as Progress
 
 

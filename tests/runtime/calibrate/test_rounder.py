@@ -26,7 +26,7 @@ from runtime.calibrate.run import CalibrationJob, Rounding, planned
 from runtime.calibrate.text import CalibrationText
 from runtime.config import EngineConfig
 from runtime.model.loader import load_model
-from runtime.verify.compare import LogitsOptions, compare_logits, encode_text
+from tests.in_memory_comparison import LogitsOptions, compare_logits, encode_text
 from tests.runtime.calibrate.conftest import job_on, random_windows
 
 WINDOWS = random_windows(60, 50, 40)

@@ -16,10 +16,10 @@ from converters.quant.policy import is_quantized
 from converters.quant.stats import CalibrationStats
 from converters.quantize import QuantizeOptions, plan_quantize
 from converters.source import open_source
-from runtime.calibrate import hidden
 from runtime.config import EngineConfig
 from runtime.model.decoder import CausalLM
 from runtime.model.loader import ModelLoader, load_model
+from runtime.streaming import hidden
 from tests.runtime.calibrate.conftest import job_on, random_windows
 
 FP32 = EngineConfig(dtype="float32")

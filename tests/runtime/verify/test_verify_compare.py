@@ -16,9 +16,9 @@ from converters.errors import InputError, UsageError
 from converters.schema import Role, expand
 from runtime.config import EngineConfig
 from runtime.model.loader import load_model
-from runtime.verify import compare
-from runtime.verify.compare import EncodedText, LogitsComparison, LogitsOptions, compare_logits, encode_text
 from runtime.verify.windows import Window, plan_windows
+from tests import in_memory_comparison as compare
+from tests.in_memory_comparison import EncodedText, LogitsComparison, LogitsOptions, compare_logits, encode_text
 
 NUM_TOKENS = 90
 OPTIONS = LogitsOptions(context_length=32)

@@ -18,7 +18,6 @@ from converters.schema import Role, expand
 from runtime.config import EngineConfig
 from runtime.model.loader import load_model
 from runtime.streaming.options import LAYERS, LOGITS, StreamOptions
-from runtime.verify.compare import LogitsOptions, compare_logits, run_in_memory
 from runtime.verify.metrics import TokenScores
 from runtime.verify.reference import check_reference, compare_reference
 from runtime.verify.store import StoredReference, save_reference
@@ -26,6 +25,7 @@ from runtime.verify.store_layout import METRIC_VERSION, ModelRun, OnInput, RunOp
 from runtime.verify.streamed import compare_streamed, stream_one
 from runtime.verify.tokens import EncodedText
 from runtime.verify.windows import plan_windows
+from tests.in_memory_comparison import LogitsOptions, compare_logits, run_in_memory
 
 TOKEN_IDS = tuple(torch.randint(64, (90,), generator=torch.Generator().manual_seed(4)).tolist())
 OPTIONS = StreamOptions(levels=frozenset({LOGITS}), floor=False, with_mtp=False)

@@ -238,7 +238,7 @@ def test_kl_and_perplexity_equal_transformers(tmp_path):
     from transformers import Glm4MoeForCausalLM
 
     held_out = (TINY.parent / "tiny_heldout.txt").read_text()
-    from runtime.verify.compare import LogitsOptions, encode_text
+    from tests.in_memory_comparison import LogitsOptions, encode_text
 
     read = encode_text(TINY, held_out, LogitsOptions(num_tokens=400, context_length=100))
     candidate, plain = quantized(tmp_path, TINY), tmp_path / "plain"
