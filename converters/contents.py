@@ -3,7 +3,6 @@
 import hashlib
 import os
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Event
@@ -17,6 +16,7 @@ from converters.errors import InputError
 from converters.findings import Finding, fail
 from converters.hub.listing import read_listing, select
 from converters.hub.verify import check_files
+from converters.workers import start_pool
 
 _BLOCK_BYTES = 8 << 20
 Progress = Callable[[int], None]
@@ -78,7 +78,7 @@ def _check_manifest(
     tensors = _recorded(folder, manifest)
     total = sum(facts["bytes"] for facts in manifest["shards"].values())
     on_bytes, stop, findings = on_start(total), Event(), list(_check_side_files(folder, manifest["files"]))
-    pool = ThreadPoolExecutor(num_workers, "bytes")
+    pool = start_pool(num_workers, "bytes")
     try:
         found = pool.map(lambda file: _check_shard(folder / file, tensors[file], stop, on_bytes), tensors)
         findings += [finding for shard in found for finding in shard]

@@ -9,7 +9,7 @@ import os
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from math import ceil
@@ -28,6 +28,7 @@ from converters.errors import ResourceError
 from converters.making import Magnitudes
 from converters.together import all_columns, batches, shared_reads
 from converters.waiting import wait_for_all
+from converters.workers import start_pool
 
 if TYPE_CHECKING:
     from converters.feed import Feed
@@ -157,7 +158,7 @@ def write_shards(shards: Sequence[Shard], dst: Path, run: Run, on_shard: Callabl
     started: list[ShardRun] = []
     in_flight: deque[set[Future[None]]] = deque()
     units = (unit for shard in shards for unit in shard.units)
-    with single_threaded_ops(units), ThreadPoolExecutor(run.options.num_workers, "glm4moe") as pool:
+    with single_threaded_ops(units), start_pool(run.options.num_workers, "glm4moe") as pool:
         try:
             for batch in batches(shards):
                 if run.feed is not None:

@@ -3,7 +3,6 @@
 import hashlib
 import os
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Event
@@ -16,6 +15,7 @@ from converters.conversion import Conversion
 from converters.digests import SourceDigest
 from converters.pipeline import RunOptions
 from converters.waiting import wait_for_all
+from converters.workers import start_pool
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +30,7 @@ def prove_shards(
     dst: Path, shards: Sequence[Shard], journal: dict[str, ShardRecord], options: RunOptions
 ) -> list[bool]:
     """Return of each shard whether it is done; a run that is stopped meanwhile does not wait for the rest."""
-    pool, proof = ThreadPoolExecutor(options.num_workers), Proof(options.copy_block_bytes)
+    pool, proof = start_pool(options.num_workers, "prove"), Proof(options.copy_block_bytes)
     try:
         proved = [pool.submit(shard_is_proved, dst, shard, journal.get(shard.file), proof) for shard in shards]
         wait_for_all(proved)

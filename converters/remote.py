@@ -6,7 +6,6 @@ weights are. Whatever reads headers reads that folder like any other.
 
 import re
 import struct
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -16,6 +15,7 @@ from converters.checkpoint.index import INDEX_FILE, SUFFIX
 from converters.config import CONFIG_FILE, MAX_JSON_BYTES
 from converters.errors import InputError, UsageError
 from converters.hub.listing import ListedFile, Listing, is_pickled
+from converters.workers import start_pool
 
 DEFAULT_REVISION = "main"
 # beside config and index: what else says how the weights are stored
@@ -86,7 +86,7 @@ def lay_down_headers(client: RangeClient, listing: Listing, folder: Path) -> Non
         else:
             _lay_down_json(client, listing, file, folder / file.path)
 
-    with ThreadPoolExecutor(_REQUESTS_AT_ONCE, "headers") as pool:
+    with start_pool(_REQUESTS_AT_ONCE, "headers") as pool:
         list(pool.map(lay_down, wanted))
 
 

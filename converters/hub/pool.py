@@ -8,6 +8,7 @@ from types import TracebackType
 from typing import TypeVar
 
 from converters.waiting import wait_for_all
+from converters.workers import check_room
 
 Item = TypeVar("Item")
 # what a stopped thread has for its last checkpoint; one that waits for a silent server is left behind
@@ -46,6 +47,7 @@ def start_threads(loop: Callable[[], None], count: int) -> list["Future[None]"]:
     """Run a loop on daemon threads; each future ends with its thread, with what the loop raised, if not Cancelled."""
     ended: list[Future[None]] = [Future() for _ in range(count)]
     for future in ended:
+        check_room()
         Thread(target=_report, args=(loop, future), name="download", daemon=True).start()
     return ended
 

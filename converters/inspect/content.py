@@ -7,7 +7,6 @@ import hashlib
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, TypeAlias
@@ -19,6 +18,7 @@ from converters.checkpoint.reader import CheckpointReader
 from converters.errors import InputError
 from converters.inspect.logical import SHAPE_SUFFIX, LogicalTensor
 from converters.numerics.finite import first_non_finite
+from converters.workers import start_pool
 
 BLOCK_BYTES = 4 << 20
 # the smallest stretch of zeros that is taken for a hole
@@ -131,7 +131,7 @@ class ContentScan:
         # `map` would queue every tensor at once; in portions, an interrupted pass ends soon
         ordered = iter(sorted((tensor for tensor in tensors if tensor.pieces), key=place))
         num_threads = len(os.sched_getaffinity(0))
-        with ThreadPoolExecutor(num_threads, "inspect") as pool:
+        with start_pool(num_threads, "inspect") as pool:
             while portion := list(islice(ordered, num_threads * _TASKS_PER_THREAD)):
                 yield from pool.map(self._scan, portion)
 

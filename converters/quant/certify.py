@@ -5,7 +5,6 @@ Both are read once, block by block, by several threads; see `halfstep` for what 
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -25,6 +24,7 @@ from converters.schema import Tensor
 from converters.shard.source import is_sharded
 from converters.shard.whole import open_whole
 from converters.source import Source
+from converters.workers import start_pool
 
 _TASKS_PER_THREAD = 16
 _ON_GRID = "gptq"
@@ -118,7 +118,7 @@ def certify(pairs: Sequence[Pair], options: CertifyOptions, on_bytes: Callable[[
 
     figures: dict[str, TensorFigures] = {}
     with single_threaded_ops():
-        pool = ThreadPoolExecutor(options.num_workers, "certify")
+        pool = start_pool(options.num_workers, "certify")
         try:
             ordered = iter(sorted(pairs, key=_place))
             while portion := list(islice(ordered, options.num_workers * _TASKS_PER_THREAD)):

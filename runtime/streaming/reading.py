@@ -4,7 +4,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from types import TracebackType
@@ -13,6 +13,7 @@ import torch
 
 from converters.schema import parse
 from converters.waiting import wait_for_all
+from converters.workers import start_pool
 from runtime.model.loader import Fetched, ModelLoader
 
 # what glibc may take from its heaps, DEFAULT_MMAP_THRESHOLD_MAX; larger blocks are always mapped
@@ -79,7 +80,7 @@ class ReadAhead:
         self._left = deque(batches)
         self._reading: deque[tuple[Batch, Future[list[Fetched]]]] = deque()
         self._ahead = batches_ahead(workers)
-        self._threads = ThreadPoolExecutor(workers, thread_name_prefix="read")
+        self._threads = start_pool(workers, "read")
         self._lock = threading.Lock()
         device = loaders[0].engine.device
         self._upload, self._pool = Upload(device), Pool() if device == "cpu" else None

@@ -179,7 +179,8 @@ def test_capped_address_space_works_or_ends_with_5(runner: Runner, work: Path, c
     options = ("--scheme", "fp8") if command == "quantize" else ("--dtype", "float32")
     job = make_job(runner, (command, *options, "--workers", "1"), src, work)
     codes = []
-    for megabytes in (2, 4, 6, 9, 12, 20, 40, 150):
+    # below 32 MB there is no room for a thread; above, memory ends somewhere in its work
+    for megabytes in (0, 2, 12, 31, 33, 36, 40, 48, 150):
         ended = job.run(limits={"RLIMIT_AS": megabytes << 20})
         codes.append(ended.code)
         assert ended.code in (0, 5), (megabytes, ended.text)
@@ -187,7 +188,7 @@ def test_capped_address_space_works_or_ends_with_5(runner: Runner, work: Path, c
         job.check_unfinished()
         job.finish()
     assert set(codes) == {0, 5}
-    tally(f"disk: {command} with 2 to 150 MB of address space left: exit {', '.join(map(str, codes))}, 0 wrong")
+    tally(f"disk: {command} with 0 to 150 MB of address space left: exit {', '.join(map(str, codes))}, 0 wrong")
 
 
 def test_output_that_may_not_be_written_is_refused(job: Job) -> None:
