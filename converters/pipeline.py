@@ -8,7 +8,7 @@ import hashlib
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -35,8 +35,10 @@ if TYPE_CHECKING:
     from converters.update import Previous
 
 DEFAULT_MAX_MEMORY = 512 << 20
-# large enough to keep the disk busy, small enough that a block and its working copies stay in the cache of a core
-BLOCK_BYTES = 1 << 20
+# large enough that a worker seldom waits for another's turn in the interpreter, which each operation ends with; what
+# takes many working copies gets smaller ones, so that they still fit the cache that cores share
+BLOCK_BYTES = 4 << 20
+WORKING_BYTES = 40 << 20
 COPY_BLOCK_BYTES = 2 << 20
 Progress = Callable[[int], None]
 
@@ -62,29 +64,42 @@ class RunOptions:
     def block_rows(self, unit: Unit, row_bytes: int) -> int:
         """Return how many source rows a worker holds at once."""
         share = int(self.max_memory / self.num_workers / unit.working_bytes)
-        wanted = COPY_BLOCK_BYTES if unit.transform.working_bytes == 1.0 else BLOCK_BYTES
+        working_bytes = unit.transform.working_bytes
+        wanted = COPY_BLOCK_BYTES if working_bytes == 1.0 else min(BLOCK_BYTES, int(WORKING_BYTES / working_bytes))
         if self.accelerator is not None and self.accelerator.supports(unit.transform):
             wanted = self.accelerator.block_bytes
         rows = min(wanted, share) // max(1, row_bytes)
         return max(unit.grain, rows // unit.grain * unit.grain)
 
 
-def peak_block_bytes(plan: OutputPlan, reader: CheckpointReader, options: RunOptions) -> int:
+def block_kinds(plan: OutputPlan, reader: CheckpointReader) -> list[tuple[Unit, int]]:
+    """Return the first unit of each kind that may take another block, with the bytes of its widest row."""
+    kinds: dict[Hashable, tuple[Unit, int]] = {}
+    for shard in plan.shards:
+        for unit in shard.units:
+            widest = max([row_bytes(reader, source) for source in unit.sources], default=0)
+            key = unit.transform, unit.working_bytes, unit.grain, unit.num_rows, widest
+            kinds.setdefault(key, (unit, widest))
+    return list(kinds.values())
+
+
+def peak_block_bytes(kinds: Iterable[tuple[Unit, int]], options: RunOptions) -> int:
     """Return the most bytes that blocks take at once: the workers' largest block, working copies included.
 
     The interpreter, its libraries and the tables of names come on top of this.
 
+    Args:
+        kinds: see `block_kinds`.
+        options: of the run.
     Raises:
         ResourceError: max_memory does not hold one row for each worker.
     """
     largest, where = 0.0, ""
-    for shard in plan.shards:
-        for unit in shard.units:
-            widest = max((row_bytes(reader, source) for source in unit.sources), default=0)
-            rows = min(options.block_rows(unit, widest), unit.num_rows)
-            block = rows * widest * unit.working_bytes
-            if block > largest:
-                largest, where = block, unit.outputs[0].name
+    for unit, widest in kinds:
+        rows = min(options.block_rows(unit, widest), unit.num_rows)
+        block = rows * widest * unit.working_bytes
+        if block > largest:
+            largest, where = block, unit.outputs[0].name
     peak = ceil(largest * options.num_workers)
     if peak > options.max_memory:
         raise ResourceError(
