@@ -1,6 +1,6 @@
 """quantize beside llm-compressor's `model_free_ptq`, on real layer shapes, in one run, with the same workers.
 
-    PYTHONPATH=. python benchmarks/quantize.py SCRATCH --peer VENV/bin/python [--experts 32] [--rounds 3] [--workers 2]
+    PYTHONPATH=. python benchmarks/quantize.py SCRATCH --peer VENV/bin/python [--experts 64] [--rounds 3] [--workers 2]
 
 The peer has a virtual environment of its own: `pip install torch==2.13.0`, then `pip install llmcompressor==0.14.0.1`.
 Makes a synthetic GLM-4.5-Air checkpoint under SCRATCH, runs everything interleaved, and writes
@@ -105,7 +105,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("scratch", type=Path)
     parser.add_argument("--peer", required=True)
-    parser.add_argument("--experts", type=int, default=32)
+    parser.add_argument("--experts", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--schemes", nargs="+", default=list(SCHEMES), choices=list(SCHEMES))

@@ -2,7 +2,7 @@
 
     PYTHONPATH=. python benchmarks/shard.py SCRATCH [--experts 64] [--rounds 3]
 
-Makes a synthetic GLM-4.5-Air checkpoint (6.5 GB with 64 experts) under SCRATCH, shards it once for what starts from
+Makes a synthetic GLM-4.5-Air checkpoint (6.54 GB with 64 experts) under SCRATCH, shards it once for what starts from
 shards, runs everything interleaved, and writes benchmarks/results/shard.json: medians, spread, ratios to cp, peak
 memory, by whether what is read is in the page cache before each run; whether the merged checkpoint has the content
 digest of the original; bytes of each rank for released models.
