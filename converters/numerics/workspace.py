@@ -11,8 +11,9 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 
-# values at once: a few fp32 buffers of this length stay in the cache of a core
-CHUNK = 1 << 17
+# values at once: a few fp32 buffers of this length stay near the core; half as many, and threads that take turns in the
+# interpreter wait for each other twice as often
+CHUNK = 1 << 18
 # views that are kept; a model has a few shapes of rows
 _MOST_VIEWS = 256
 Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
