@@ -13,10 +13,10 @@ from converters.checkpoint.disk_read import check_link, read_file
 from converters.checkpoint.index import INDEX_FILE, PICKLE_SUFFIXES, SUFFIX
 from converters.checkpoint.journal import LISTING_FILE, TensorRecord, is_job_begun, state_folder
 from converters.checkpoint.manifest import MANIFEST_FILE, plan_digest, source_digest
-from converters.checkpoint.plan import OutputPlan, Shard
+from converters.checkpoint.plan import OutputPlan, Shard, Unit
 from converters.config import CONFIG_FILE
 from converters.errors import InputError, UsageError
-from converters.pipeline import RunOptions, peak_block_bytes
+from converters.pipeline import RunOptions, block_kinds, peak_block_bytes
 from converters.source import Source
 
 # code and pickles are never carried along; index and config are written anew
@@ -74,6 +74,18 @@ class Conversion:
         """Bytes of tensor data to be read."""
         return sum(self.source.reader.entry(name).nbytes for name in self.plan.source_names)
 
+    @cached_property
+    def _block_kinds(self) -> list[tuple[Unit, int]]:
+        return block_kinds(self.plan, self.source.reader)
+
+    def peak_block_bytes(self, options: RunOptions) -> int:
+        """Return the most bytes that blocks take at once; see `pipeline.peak_block_bytes`.
+
+        Raises:
+            ResourceError: max_memory does not hold one row for each worker.
+        """
+        return peak_block_bytes(self._block_kinds, options)
+
     def summary(self, options: RunOptions) -> dict[str, Any]:
         """Return the plan in figures: bytes and counts, ready for a table or JSON."""
         return {
@@ -85,7 +97,7 @@ class Conversion:
             "dropped_tensors": len(self.plan.dropped),
             "copied_files": list(self.passthrough),
             "workers": options.num_workers,
-            "peak_block_bytes": peak_block_bytes(self.plan, self.source.reader, options),
+            "peak_block_bytes": self.peak_block_bytes(options),
             "notes": [*self.source.notes, *self.notes],
             **({"limits": dict(self.limits)} if self.limits else {}),
             **({"distribution": self.plan.distribution.as_json()} if self.plan.distribution else {}),

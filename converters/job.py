@@ -14,16 +14,8 @@ from typing import Any
 import converters
 from converters.checkpoint.disk_read import read_file
 from converters.checkpoint.index import INDEX_FILE
-from converters.checkpoint.journal import (
-    JOURNAL_FILE,
-    FolderLock,
-    ShardRecord,
-    append_journal,
-    create_json,
-    locked,
-    open_job,
-    read_journal,
-)
+from converters.checkpoint.journal import JOURNAL_FILE, ShardRecord, append_journal, create_json, open_job, read_journal
+from converters.checkpoint.lock import FolderLock, locked
 from converters.checkpoint.manifest import MANIFEST_FILE, build_manifest, read_manifest, write_manifest
 from converters.checkpoint.plan import Shard
 from converters.checkpoint.writer import check_space, disk_errors, remove_partials, write_file, write_index, write_json

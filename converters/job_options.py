@@ -9,18 +9,18 @@ from converters.checkpoint.journal import (
     JOB_FILE,
     SWAP_FILE,
     check_same_job,
-    check_unlocked,
     differing_options,
     is_job_begun,
     read_journal,
     read_record,
     state_folder,
 )
+from converters.checkpoint.lock import check_unlocked
 from converters.checkpoint.manifest import read_manifest
 from converters.conversion import Conversion, check_destination
 from converters.errors import ConfigError, UsageError
 from converters.parts import Part, suffix_of
-from converters.pipeline import RunOptions, peak_block_bytes
+from converters.pipeline import RunOptions
 from converters.update import Previous, check_update
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ def check_job(conversion: Conversion, dst: Path, options: RunOptions, how: JobOp
         holds it. ResourceError: max_memory is too small.
     """
     check_destination(conversion.source.folder, dst)
-    peak_block_bytes(conversion.plan, conversion.source.reader, options)
+    conversion.peak_block_bytes(options)
     check_unlocked(dst, suffix_of(how.part))
     job, state = conversion.identity, state_folder(dst)
     check_result(dst, job, update=how.update)

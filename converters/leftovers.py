@@ -4,7 +4,8 @@ import shutil
 from pathlib import Path
 
 from converters.budget import STAGING_FOLDER
-from converters.checkpoint.journal import JOB_FILE, LOCK_FILE, FolderLock, read_record
+from converters.checkpoint.journal import JOB_FILE, read_record
+from converters.checkpoint.lock import LOCK_FILE, FolderLock
 from converters.checkpoint.writer import disk_errors, remove_partials, sync_folder
 from converters.update import UPDATE_FOLDER
 

@@ -4,7 +4,6 @@ Every worker takes one unit at a time and walks through its rows in blocks. Offs
 written do not depend on the number of workers or the order in which they finish.
 """
 
-import hashlib
 import os
 import threading
 from collections import deque
@@ -23,7 +22,7 @@ from converters.checkpoint.plan import Columns, OutputPlan, Shard, Unit
 from converters.checkpoint.reader import CheckpointReader
 from converters.checkpoint.writer import ShardWriter
 from converters.copying import begin, is_bytewise
-from converters.digests import SourceDigest, is_plain_copy, shared_digest
+from converters.digests import OutputDigest, SourceDigest, is_plain_copy
 from converters.errors import ResourceError
 from converters.making import Magnitudes
 from converters.together import all_columns, batches, shared_reads
@@ -218,7 +217,8 @@ def _write_reads(group: list[tuple[Unit, ShardRun]], run: Run) -> None:
     by_columns: dict[Columns | None, list[tuple[Unit, ShardRun]]] = {}
     for unit, shard_run in group:
         by_columns.setdefault(unit.sources[0].columns, []).append((unit, shard_run))
-    digests = {columns: hashlib.sha256() for columns in by_columns}
+    # files that are written together are for ranks
+    digests = {columns: OutputDigest(units[0][0], is_of_rank=True) for columns, units in by_columns.items()}
     changed = next((unit for unit, _ in group if not is_plain_copy(unit)), None)
     source_digest = SourceDigest(changed) if changed else None
     for row, (block,) in begin(all_columns(first), run, source_digest).blocks():
@@ -230,7 +230,7 @@ def _write_reads(group: list[tuple[Unit, ShardRun]], run: Run) -> None:
                 shard_run.writer.write(output.name, output.offset(row, unit.num_rows), data)
                 run.step(len(data))
     for columns, units in by_columns.items():
-        record = _record(units[0][0], digests[columns].hexdigest(), source_digest)
+        record = digests[columns].record(source_digest)
         for unit, shard_run in units:
             shard_run.unit_done({unit.outputs[0].name: record})
 
@@ -243,7 +243,8 @@ def _write_unit(unit: Unit, shard_run: ShardRun, run: Run) -> None:
 
 
 def _make_unit(unit: Unit, shard_run: ShardRun, run: Run) -> dict[str, TensorRecord]:
-    digests = {output.name: hashlib.sha256() for output in unit.outputs}
+    is_of_rank = shard_run.shard.rank is not None
+    digests = {output.name: OutputDigest(unit, is_of_rank=is_of_rank) for output in unit.outputs}
     source_digest = None if is_plain_copy(unit) else SourceDigest(unit)
     making = begin(unit, run, source_digest)
     for row, blocks in making.blocks():
@@ -254,17 +255,9 @@ def _make_unit(unit: Unit, shard_run: ShardRun, run: Run) -> dict[str, TensorRec
             digests[output.name].update(data)
             shard_run.writer.write(output.name, output.offset(row, unit.num_rows), data)
             run.step(len(data))
-    records = {name: _record(unit, digest.hexdigest(), source_digest) for name, digest in digests.items()}
+    records = {name: digest.record(source_digest) for name, digest in digests.items()}
     codes = unit.outputs[0].name
     return records | {codes: replace(records[codes], quality=making.quality)}
-
-
-def _record(unit: Unit, sha256: str, source_digest: SourceDigest | None) -> TensorRecord:
-    """Return what is recorded of an output; what is its source byte for byte shares its digest."""
-    if is_plain_copy(unit):
-        return TensorRecord(sha256, shared_digest(sha256))
-    assert source_digest is not None, unit
-    return TensorRecord(sha256, source_digest.text)
 
 
 @contextmanager

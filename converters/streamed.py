@@ -17,7 +17,8 @@ from typing import Protocol
 
 from converters.budget import BLOCK_BYTES, STAGING_FOLDER, on_disk
 from converters.checkpoint.index import SUFFIX
-from converters.checkpoint.journal import LOCK_FILE, STATE_FOLDER, check_unlocked, is_job_begun, locked, state_folder
+from converters.checkpoint.journal import STATE_FOLDER, is_job_begun, state_folder
+from converters.checkpoint.lock import LOCK_FILE, check_unlocked, locked
 from converters.checkpoint.writer import disk_errors
 from converters.conversion import check_destination
 from converters.errors import UsageError

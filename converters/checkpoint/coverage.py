@@ -63,7 +63,9 @@ def covered_rows(sources: Iterable[SourceRows]) -> dict[str, Coverage]:
     for rows in sources:
         part: SourceRows | None = rows
         while part is not None:
-            coverage = used.setdefault(part.name, Coverage())
+            if part.name not in used:
+                used[part.name] = Coverage()
+            coverage = used[part.name]
             coverage.columns.setdefault((part.start, part.stop), []).append(part.columns)
             coverage.is_shared |= part.is_shared
             part = part.right

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from math import lcm, prod
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -151,17 +151,17 @@ class Unit:
     @property
     def nbytes(self) -> int:
         """Bytes of all outputs."""
-        return sum(output.nbytes for output in self.outputs)
+        return sum([output.nbytes for output in self.outputs])
 
     @property
     def num_rows(self) -> int:
         """Source rows."""
-        return sum(source.rows for source in self.sources)
+        return sum([source.rows for source in self.sources])
 
     @property
     def grain(self) -> int:
         """Blocks of source rows must be multiples of this, but for the last."""
-        return lcm(*(output.grain or 1 for output in self.outputs))
+        return lcm(*[output.grain or 1 for output in self.outputs])
 
     @property
     def working_bytes(self) -> float:
@@ -196,10 +196,7 @@ class Shard:
 
     @cached_property
     def _built(self) -> tuple[bytes, tuple[TensorEntry, ...]]:
-        # wide dtypes first keeps every tensor aligned to its own element size; the sort is stable
-        outputs = [output for unit in self.units for output in unit.outputs]
-        ordered = sorted(outputs, key=lambda output: -itemsize(output.dtype))
-        return build_header([(output.name, output.dtype, output.shape) for output in ordered])
+        return _header(tuple([output for unit in self.units for output in unit.outputs]))
 
     @property
     def header(self) -> bytes:
@@ -215,6 +212,14 @@ class Shard:
     def file_bytes(self) -> int:
         """Size of the file."""
         return len(self.header) + sum(entry.nbytes for entry in self.entries)
+
+
+# files of ranks that have the same slices of the same tensors, one after the other, have the same header
+@lru_cache(maxsize=1)
+def _header(outputs: tuple[OutputTensor, ...]) -> tuple[bytes, tuple[TensorEntry, ...]]:
+    # wide dtypes first keeps every tensor aligned to its own element size; the sort is stable
+    ordered = sorted(outputs, key=lambda output: -itemsize(output.dtype))
+    return build_header([(output.name, output.dtype, output.shape) for output in ordered])
 
 
 class Distribution(Protocol):
@@ -267,12 +272,12 @@ class OutputPlan:
         """Bytes of all files, headers included."""
         return sum(shard.file_bytes for shard in self.shards)
 
-    @property
+    @cached_property
     def source_names(self) -> set[str]:
         """Source tensors that are read."""
         return {name for shard in self.shards for unit in shard.units for name, *_ in unit.reads()}
 
-    @property
+    @cached_property
     def bytes_by_transform(self) -> dict[str, int]:
         """Output bytes by the name of the transform that makes them."""
         totals: dict[str, int] = {}

@@ -10,7 +10,8 @@ from pathlib import Path
 from threading import Event
 
 from converters.checkpoint.index import INDEX_FILE, scan_checkpoint
-from converters.checkpoint.journal import LISTING_FILE, locked, state_folder
+from converters.checkpoint.journal import LISTING_FILE, state_folder
+from converters.checkpoint.lock import locked
 from converters.checkpoint.writer import remove_partials
 from converters.config import CONFIG_FILE, read_json
 from converters.errors import InputError, UsageError

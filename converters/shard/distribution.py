@@ -1,7 +1,7 @@
 """What the manifest records of tensors that are cut for ranks: the mapping, and of each tensor its slices.
 
 `slices` of a tensor: the ranks that have it, rows [start, stop) of the uncut tensor seen as a matrix (all dims but the
-last are rows; none said: all), columns alike, and sha256 of the bytes. `source_digest` stands
+last are rows; none said: all), columns alike, and sha256 and xxh3 (128 bits) of the bytes. `source_digest` stands
 where the slice is not what was read for it.
 """
 
@@ -109,8 +109,11 @@ class ShardDistribution:
 
 
 def _digests(record: TensorRecord) -> dict[str, str]:
+    facts = {"sha256": record.sha256}
+    if record.xxh3 is not None:
+        facts["xxh3"] = record.xxh3
     same = record.source_digest == shared_digest(record.sha256)
-    return {"sha256": record.sha256} if same else {"sha256": record.sha256, "source_digest": record.source_digest}
+    return facts if same else {**facts, "source_digest": record.source_digest}
 
 
 def _by_digest(name: str, records: Mapping[int, Mapping[str, TensorRecord]]) -> list[dict[str, Any]]:

@@ -2,7 +2,7 @@
 
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from operator import itemgetter
 from typing import Any
@@ -15,6 +15,7 @@ from converters.conversion import Conversion, passthrough_files
 from converters.convert import ConvertOptions, MtpChoice, check_options, generated_files, new_config, passthrough
 from converters.layout import Layout, Stored, StoredLayout
 from converters.schema import ModelSchema, Role
+from converters.shard.alike import AlikeUnits, SliceOutputs
 from converters.shard.cut import Cutter, is_mtp
 from converters.shard.distribution import ShardDistribution
 from converters.shard.limits import check_mapping
@@ -109,7 +110,8 @@ def plan_merge(source: ShardedSource, max_shard_bytes: int = DEFAULT_MAX_SHARD_B
         UsageError: ranks that should have the same scales have others.
     """
     planner = slice_units(source, source.tensor_layout, ConvertOptions())
-    units = [unit for stored in planner.target.stored.values() for unit in planner.units(stored)]
+    alike = AlikeUnits(planner, lambda stored: [((), list(planner.units(stored)))], lambda _: None)
+    units = [unit for stored in planner.target.stored.values() for own in alike.of(stored) for unit in own.units]
     plan = OutputPlan(pack_shards(units, max_shard_bytes))
     generated = carried_card(source, source.tensor_layout) if source.is_quantized else {}
     files = tuple(name for name in passthrough_files(source.folder) if name not in generated)
@@ -182,8 +184,8 @@ def _options_json(options: ShardOptions, mapping: ParallelMapping, layout: Layou
     }
 
 
-# units of one tensor by tp rank
-_Row = dict[int, list[Unit]]
+# what is written of one tensor by tp rank
+_Row = dict[int, SliceOutputs]
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,41 +204,45 @@ class _Packer:
         """Return the files in the order of writing."""
         mapping, schema = self.cutter.mapping, self.cutter.schema
         rows: dict[tuple[int, bool], list[_Row]] = {}
+        alike = AlikeUnits(self.planner, self._slices, self._kind)
         for whole in wholes.values():
             is_embedding = whole.elements[0][0].tensor.spec.role is Role.EMBEDDING
-            for stage, row in self._rows(whole).items():
+            for stage, row in self._rows(alike.of(whole)).items():
                 # vLLM refuses parameters that a stage does not have, the MTP layer's and its copy of the embedding too
                 is_for_mtp = is_mtp(schema, whole) or (is_embedding and stage > 0)
                 rows.setdefault((stage, self.options.files is ShardLayout.VLLM and is_for_mtp), []).append(row)
-        for stage, units in self._constants():
-            rows[stage, False].append(dict.fromkeys(range(mapping.tp), units))
+        for stage, constant in self._constants():
+            rows[stage, False].append(dict.fromkeys(range(mapping.tp), constant))
         found: list[Shard] = []
         for (stage, apart), own_rows in sorted(rows.items(), key=itemgetter(0)):
             found += self._files(stage, own_rows, len(found), apart=apart)
         return found
 
-    def _rows(self, whole: Stored) -> dict[int, _Row]:
-        """Return the units of one tensor by stage and tp rank; ranks that have the same slice share them."""
+    def _slices(self, whole: Stored) -> list[tuple[tuple[int, ...], list[Unit]]]:
+        """Return the units of each slice of a tensor, with its ranks; ranks that have the same slice share them."""
         slices = self.cutter.slices(whole)
-        outputs: dict[OutputTensor, OutputTensor] = {}
         shares = has_copies(whole, [own.stored for own in slices]) or any(len(own.ranks) > 1 for own in slices)
+        make = self.planner.shared_units if shares else self.planner.units
+        return [(own.ranks, list(make(own.stored))) for own in slices]
+
+    def _kind(self, whole: Stored) -> Hashable:
+        return self.cutter.owners(whole), self.cutter.stages(whole)
+
+    def _rows(self, slices: Iterable[SliceOutputs]) -> dict[int, _Row]:
+        """Return the slices of one tensor by stage and tp rank."""
         rows: dict[int, _Row] = {}
         for own in slices:
-            made = self.planner.shared_units(own.stored) if shares else self.planner.units(own.stored)
-            # of hundreds of thousands of outputs, those of all ranks are alike
-            units = [
-                replace(unit, outputs=tuple(outputs.setdefault(out, out) for out in unit.outputs)) for unit in made
-            ]
-            for rank in map(self.cutter.mapping.rank, own.ranks):
-                rows.setdefault(rank.stage, {})[rank.tp] = units
+            for rank in own.ranks:
+                stage, tp = divmod(rank, self.cutter.mapping.tp)
+                rows.setdefault(stage, {})[tp] = own
         return rows
 
-    def _constants(self) -> Iterator[tuple[int, list[Unit]]]:
+    def _constants(self) -> Iterator[tuple[int, SliceOutputs]]:
         """Yield the constants that an engine asks for, with their stage."""
         if self.options.files is ShardLayout.VLLM:
             for name, layer in vllm_constants(self.cutter.schema).items():
                 unit = Unit((OutputTensor(name, "F32", ()),), (), Constant((1,), "F32"))
-                yield self.cutter.mapping.stage_of(layer), [unit]
+                yield self.cutter.mapping.stage_of(layer), SliceOutputs((), [unit], unit.nbytes)
 
     def _files(self, stage: int, rows: Iterable[_Row], first_batch: int, *, apart: bool) -> Iterator[Shard]:
         """Yield the files of a stage, batch by batch; a rank that has nothing of a batch has no file of it."""
@@ -246,12 +252,12 @@ class _Packer:
         groups: list[dict[int, list[Unit]]] = [{}]
         sizes: Counter[int] = Counter()
         for row in rows:
-            added = Counter({tp: sum(unit.nbytes for unit in units) for tp, units in row.items()})
+            added = Counter({tp: own.nbytes for tp, own in row.items()})
             if groups[-1] and any(sizes[tp] + nbytes > limit for tp, nbytes in added.items()):
                 groups.append({})
                 sizes = Counter()
-            for tp, units in row.items():
-                groups[-1].setdefault(tp, []).extend(units)
+            for tp, own in row.items():
+                groups[-1].setdefault(tp, []).extend(own.units)
             sizes += added
         parts = Counter(tp for group in groups for tp in group)
         written: Counter[int] = Counter()

@@ -1,28 +1,47 @@
-"""Rank files proved as they are read: each tensor against the sha256 that the manifest has of it.
+"""Rank files proved as they are read: each tensor against the digest that the manifest has of it.
 
+It is XXH3, which costs next to nothing beside the read; sha256, which is always there, where a manifest has no other.
 The bytes are hashed as they come, so that nothing is read for it alone, unless a reader takes up a tensor in its
 middle: then what it left out is read first. A tensor is proved, or refused, by the read that completes it, before a
 file that is made of it can be finished. Copies on ranks that nobody reads are not looked at.
 """
 
-import hashlib
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from converters.blocks import DIGEST_BLOCK_BYTES
 from converters.checkpoint.index import CheckpointIndex
 from converters.checkpoint.manifest import MANIFEST_FILE
 from converters.checkpoint.reader import CheckpointReader
+from converters.digests import Hasher, new_hasher
 from converters.errors import InputError
 
-if TYPE_CHECKING:
-    from hashlib import _Hash
+# the first that a slice has
+_ALGORITHMS = ("xxh3", "sha256")
 
 
-def slice_digests(tensors: Mapping[str, Any]) -> dict[str, bytes]:
-    """Return the sha256 of every tensor of every rank, by rank and name, from the tensors of a manifest.
+@dataclass(frozen=True, slots=True)
+class SliceDigest:
+    """What the bytes of a slice are known by: an algorithm of `new_hasher`, and its digest in hex."""
+
+    algorithm: str
+    digest: str
+
+    @classmethod
+    def from_json(cls, part: Mapping[str, Any]) -> "SliceDigest":
+        """Build from a slice in a manifest.
+
+        Raises:
+            KeyError, TypeError, ValueError: it has no digest.
+        """
+        algorithm = next(name for name in _ALGORITHMS if name in part or name == _ALGORITHMS[-1])
+        return cls(algorithm, bytes.fromhex(part[algorithm]).hex())
+
+
+def slice_digests(tensors: Mapping[str, Any]) -> dict[str, SliceDigest]:
+    """Return the digest of every tensor of every rank, by rank and name, from the tensors of a manifest.
 
     Raises:
         InputError: it has none of them.
@@ -32,19 +51,19 @@ def slice_digests(tensors: Mapping[str, Any]) -> dict[str, bytes]:
             f"{rank}/{name}": digest
             for name, facts in tensors.items()
             for part in facts["slices"]
-            for digest in [bytes.fromhex(part["sha256"])]
+            for digest in [SliceDigest.from_json(part)]
             for rank in part["ranks"]
         }
     except (KeyError, TypeError, ValueError) as error:
-        raise InputError(MANIFEST_FILE, expected="ranks and sha256 of every slice", found=repr(error)) from error
+        raise InputError(MANIFEST_FILE, expected="ranks and digests of every slice", found=repr(error)) from error
 
 
 @dataclass(slots=True)
 class _Proof:
     """How far a tensor is hashed."""
 
+    digest: Hasher
     position: int = 0
-    digest: "_Hash" = field(default_factory=hashlib.sha256)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
 
@@ -53,10 +72,10 @@ class ProvedReader(CheckpointReader):
 
     Args:
         index: of all files; names of tensors begin with the rank.
-        digests: sha256 of each tensor.
+        digests: of each tensor.
     """
 
-    def __init__(self, index: CheckpointIndex, digests: Mapping[str, bytes]) -> None:
+    def __init__(self, index: CheckpointIndex, digests: Mapping[str, SliceDigest]) -> None:
         super().__init__(index)
         self._digests = digests
         self._proofs: dict[str, _Proof | None] = {}
@@ -71,7 +90,8 @@ class ProvedReader(CheckpointReader):
         super().read_into(name, offset, buffer)
         with self._proofs_lock:
             if name not in self._proofs:
-                self._proofs[name] = _Proof()
+                expected = self._digests.get(name)
+                self._proofs[name] = _Proof(new_hasher(expected.algorithm if expected else _ALGORITHMS[-1]))
             proof = self._proofs[name]
         if proof is not None:
             with proof.lock:
@@ -85,7 +105,7 @@ class ProvedReader(CheckpointReader):
             proof.digest.update(data[proof.position - offset :])
             proof.position = stop
         if proof.position == self.entry(name).nbytes:
-            self._compare(name, proof.digest.digest())
+            self._compare(name, proof.digest.hexdigest())
             with self._proofs_lock:
                 self._proofs[name] = None
 
@@ -97,13 +117,14 @@ class ProvedReader(CheckpointReader):
             proof.digest.update(block)
             proof.position += len(block)
 
-    def _compare(self, name: str, found: bytes) -> None:
+    def _compare(self, name: str, found: str) -> None:
         expected = self._digests.get(name)
-        if found != expected:
+        if expected is None or found != expected.digest:
+            known = f"{expected.algorithm} {expected.digest}, as {MANIFEST_FILE} says" if expected else ""
             rank, _, own_name = name.partition("/")
             raise InputError(
                 f"{self.path(self.index.entries[name][0])}: tensor {own_name} of rank {rank}",
-                expected=f"sha256 {expected.hex()}, as {MANIFEST_FILE} says" if expected else f"one in {MANIFEST_FILE}",
-                found=found.hex(),
+                expected=known or f"a digest in {MANIFEST_FILE}",
+                found=found,
                 next_step="The file is damaged; take it from another copy, or cut the checkpoint anew.",
             )

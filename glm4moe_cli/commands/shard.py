@@ -88,6 +88,12 @@ def command(
     stands in DST's manifest.
     """
     convert = ConvertOptions(max_shard_bytes=max_shard_size)
+    if merge and layout != ShardLayout.RANK:
+        raise UsageError(f"--layout {layout}", expected="no --merge beside it", found="both", next_step=_RESHARD)
+    if vllm_version != VLLM_VERSION and layout != ShardLayout.VLLM:
+        raise UsageError(
+            f"--vllm-version {vllm_version}", expected=f"--layout {ShardLayout.VLLM} beside it", found=layout
+        )
     with _opened(output, Request(src, dst, None, dry_run, can_stream=False), merge=merge, reshard=reshard) as source:
         if merge:
             conversion = _merged(source, mapping, convert)

@@ -6,14 +6,13 @@ and the decisions of one router.
 """
 
 from collections.abc import Container
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-from converters.errors import ResourceError
 from runtime.calibrate.options import CalibrateOptions
 from runtime.calibrate.parts import LayerParts, Part, layer_parts
 from runtime.calibrate.text import CalibrationText
 from runtime.model.loader import ModelLoader
-from runtime.streaming.memory import activation_bytes
+from runtime.streaming.memory import activation_bytes, fitted
 
 _FP32 = 4
 _INT64 = 8
@@ -78,17 +77,12 @@ def plan_memory(
         hidden=2 * text.num_tokens * config.hidden_size * _FP32,
         hidden_on_disk=False,
     )
-    if plan.peak_bytes <= options.max_memory:
-        return plan
-    plan = replace(plan, hidden_on_disk=True)
-    if plan.peak_bytes > options.max_memory:
-        raise ResourceError(
-            "--max-memory",
-            expected=f"at least {plan.peak_bytes} bytes: the largest part of a layer and a block of its activations",
-            found=str(options.max_memory),
-            next_step="Raise it, or lower --context-length and --num-tokens.",
-        )
-    return plan
+    return fitted(
+        plan,
+        options.max_memory,
+        least="the largest part of a layer and a block of its activations",
+        remedy="Raise it, or lower --context-length and --num-tokens.",
+    )
 
 
 def _layer_bytes(loader: ModelLoader, parts: LayerParts) -> int:

@@ -6,13 +6,12 @@ may lie in a scratch file, and the decisions of the routers.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-from converters.errors import ResourceError
 from runtime.model.products import BLOCK_BYTES
 from runtime.streaming.attention import CHUNK_TOKENS
-from runtime.streaming.memory import FP32, activation_bytes, expert_bytes
-from runtime.streaming.options import StreamOptions
+from runtime.streaming.memory import FP32, activation_bytes, expert_bytes, fitted
+from runtime.streaming.options import LOGITS, StreamOptions
 from runtime.streaming.reading import Batch, batches_ahead
 from runtime.streaming.rows import RowPlan
 from runtime.streaming.sides import Side
@@ -26,6 +25,8 @@ LOGIT_ROWS = 128
 _LOGIT_COPIES = 4
 # log-probabilities, differences and their like of a chunk of rows, 64 MB each
 _SCORE_BYTES = 10 * (64 << 20)
+# differences of a block of logits in fp64, where only the heads are compared
+_ERROR_BYTES = 4 * (16 << 20)
 # rows of a head that are widened at a time
 _HEAD_ROWS = 16384
 _INT64 = 8
@@ -99,28 +100,24 @@ def plan_stream(
         weights=peak_weights(sides, batches, options.workers) + _widened_bytes(sides, batches, options),
         activations=max(activation_bytes(config, plan.longest, chunk=chunk) + compared, experts),
         routing=sum(lane.rows for lane in lanes) * decision,
-        head=_head_bytes(sides) if with_heads else 0,
+        head=_head_bytes(sides, options) if with_heads else 0,
         hidden=sum(lane.rows * lane.matrices for lane in lanes) * config.hidden_size * FP32,
         hidden_on_disk=False,
     )
-    if memory.peak_bytes <= options.max_memory:
-        return memory
-    memory = replace(memory, hidden_on_disk=True)
-    if memory.peak_bytes > options.max_memory:
-        raise ResourceError(
-            "--max-memory",
-            expected=f"at least {memory.peak_bytes} bytes: weights in use and read ahead, and blocks of rows",
-            found=str(options.max_memory),
-            next_step="Raise it, or lower --context-length and --workers.",
-        )
-    return memory
+    return fitted(
+        memory,
+        options.max_memory,
+        least="weights in use and read ahead, and blocks of rows",
+        remedy="Raise it, or lower --context-length and --workers.",
+    )
 
 
-def _head_bytes(sides: Sequence[Side]) -> int:
+def _head_bytes(sides: Sequence[Side], options: StreamOptions) -> int:
     config = sides[0].source.config
     heads = sum(side.loader.held_bytes(side.head_names(), as_stored=True) for side in sides)
     logits = _LOGIT_COPIES * LOGIT_ROWS * config.vocab_size * FP32
-    return heads + logits + _SCORE_BYTES + _HEAD_ROWS * config.hidden_size * FP32
+    scores = _SCORE_BYTES if LOGITS in options.levels else _ERROR_BYTES
+    return heads + logits + scores + _HEAD_ROWS * config.hidden_size * FP32
 
 
 def peak_weights(sides: Sequence[Side], batches: Sequence[Batch], workers: int) -> int:

@@ -16,7 +16,7 @@ from builders import small_checkpoint
 from fake_hub import REPO, FakeHub, Fault, serving, sha256
 
 from converters import job, pipeline
-from converters.checkpoint.journal import locked
+from converters.checkpoint.lock import locked
 from converters.checkpoint.writer import ShardWriter
 from converters.feed import Feed
 from converters.hub.fetch import Fetcher

@@ -102,7 +102,7 @@ def test_whole_run_takes_over_what_parts_left(small: Path, tmp_path: Path, whole
 def test_same_part_twice_and_whole_beside_part_are_refused(
     small: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from converters.checkpoint.journal import locked
+    from converters.checkpoint.lock import locked
 
     dst = tmp_path / "dst"
     with locked(dst, Part(1, 2).suffix):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from fake_hub import REPO, serving
 
-from converters.checkpoint.journal import locked
+from converters.checkpoint.lock import locked
 from tests.cli.conftest import Ended
 
 Program = Callable[..., Ended]

@@ -97,6 +97,8 @@ def test_sizes_that_do_not_fit_are_a_table_and_an_error(program: Program, src: P
         ),
         (("--tp", "2", "--redundant-experts", "2"), "--redundant-experts: expected --ep above 1"),
         (("--tp", "2", "--layout", "vllm", "--vllm-version", "0.31.0"), "--vllm-version 0.31.0: expected 0.32.0"),
+        (("--tp", "2", "--vllm-version", "0.31.0"), "--vllm-version 0.31.0: expected --layout vllm beside it"),
+        (("--merge", "--layout", "vllm"), "--layout vllm: expected no --merge beside it"),
         (("--tp", "2", "--part", "1/2", "--restart"), "--part: expected no --restart beside it"),
     ],
 )

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from fake_hub import REPO, FakeHub, Fault, read_folder, sha256
 
-from converters.checkpoint.journal import locked
+from converters.checkpoint.lock import locked
 from converters.errors import InputError, LockedError, NetworkError, UsageError
 from converters.hub import partial
 from converters.hub.pool import run_jobs

@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import xxhash
 from builders import assert_same_tensors, read_tensors, small_checkpoint
 from quantized import DIALECTS, quantized_checkpoint
 
 from converters.checkpoint.header import read_header
 from converters.checkpoint.manifest import MANIFEST_FILE
 from converters.checkpoint.reader import CheckpointReader
+from converters.digests import new_hasher
 from converters.errors import InputError
 from converters.shard.mapping import ParallelMapping
 from converters.shard.naming import ShardLayout
@@ -24,19 +26,22 @@ MAPPING = ParallelMapping(tp=4, ep=2)
 
 
 def cut(work: Path) -> Path:
-    return shard(small_checkpoint(work / "src", **TP4), work / "cut", MAPPING, ShardLayout.RANK)
+    small_checkpoint(work / "src", **TP4)
+    return cut_again(work)
+
+
+def cut_again(work: Path) -> Path:
+    return shard(work / "src", work / "cut", MAPPING, ShardLayout.RANK)
 
 
 def flip(folder: Path, rank: int, name: str, at: int = -1) -> Path:
     """Flip the lowest bit of a byte of a tensor and return its file."""
-    for path in sorted(folder.glob(f"rank-{rank:05d}-*")):
-        for entry in read_header(path):
-            if entry.name == name:
-                data = bytearray(path.read_bytes())
-                data[entry.begin + at % entry.nbytes] ^= 1
-                path.write_bytes(data)
-                return path
-    raise AssertionError(name)
+    path = rank_file(folder, rank, name)
+    entry = next(entry for entry in read_header(path) if entry.name == name)
+    data = bytearray(path.read_bytes())
+    data[entry.begin + at % entry.nbytes] ^= 1
+    path.write_bytes(data)
+    return path
 
 
 @pytest.mark.parametrize("at", [0, -1])
@@ -52,16 +57,35 @@ def flip(folder: Path, rank: int, name: str, at: int = -1) -> Path:
 def test_a_flipped_byte_is_named(work: Path, name: str, at: int) -> None:
     """It was merged without a word: the merged checkpoint had the flipped byte, and a manifest that agreed with it."""
     folder = cut(work)
+    before = dict(raw_tensors(rank_file(folder, 1, name)))[name]
     path = flip(folder, 1, name, at)
-    digest = hashlib.sha256(next(tensor for own, tensor in raw_tensors(path) if own == name)).hexdigest()
-    with pytest.raises(InputError) as refused:
-        merge(folder, work / "merged")
-    assert str(refused.value).startswith(f"{path}: tensor {name} of rank 1: expected sha256 ")
-    assert f", as {MANIFEST_FILE} says, found {digest}." in str(refused.value)
-    assert not (work / "merged" / "config.json").exists()
+    after = dict(raw_tensors(path))[name]
+    for algorithm, hasher in (("xxh3", xxhash.xxh3_128), ("sha256", hashlib.sha256)):
+        if algorithm == "sha256":
+            forget_xxh3(folder)
+        with pytest.raises(InputError) as refused:
+            merge(folder, work / algorithm)
+        expected, found = hasher(before).hexdigest(), hasher(after).hexdigest()
+        told = f"expected {algorithm} {expected}, as {MANIFEST_FILE} says, found {found}."
+        assert str(refused.value).startswith(f"{path}: tensor {name} of rank 1: {told}")
+        assert not (work / algorithm / "config.json").exists()
     with pytest.raises(InputError, match=f"tensor {name} of rank 1: expected sha256"):
         shard(folder, work / "anew", ParallelMapping(tp=2), ShardLayout.RANK)
     assert not (work / "anew" / MANIFEST_FILE).exists()
+
+
+def forget_xxh3(folder: Path) -> None:
+    """Leave sha256 alone in a manifest, as one written by other means may have it."""
+    manifest = json.loads((folder / MANIFEST_FILE).read_text())
+    for facts in manifest["tensors"].values():
+        for part in facts["slices"]:
+            del part["xxh3"]
+    (folder / MANIFEST_FILE).write_text(json.dumps(manifest))
+
+
+def rank_file(folder: Path, rank: int, name: str) -> Path:
+    paths = sorted(folder.glob(f"rank-{rank:05d}-*"))
+    return next(path for path in paths if any(entry.name == name for entry in read_header(path)))
 
 
 def raw_tensors(path: Path) -> list[tuple[str, bytes]]:
@@ -75,6 +99,58 @@ def test_a_scale_is_proved_like_its_codes(work: Path) -> None:
     flip(folder, 1, "model.layers.1.mlp.experts.0.up_proj.weight_scale")
     with pytest.raises(InputError, match=r"tensor model.layers.1.mlp.experts.0.up_proj.weight_scale of rank 1: exp"):
         merge(folder, work / "merged")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.norm.weight",  # on all ranks
+        "model.layers.1.mlp.experts.0.gate_proj.weight",  # whole on its rank
+    ],
+)
+def test_a_flipped_byte_in_a_plain_copy_is_named(work: Path, name: str) -> None:
+    folder = shard(small_checkpoint(work / "src", **TP4), work / "cut", ParallelMapping(tp=2, ep=2), ShardLayout.RANK)
+    path = flip(folder, 0, name)
+    with pytest.raises(InputError) as refused:
+        merge(folder, work / "merged")
+    assert str(refused.value).startswith(f"{path}: tensor {name} of rank 0: expected xxh3 ")
+    assert not list((work / "merged").glob("*.safetensors"))
+
+
+class Counting:
+    """A hasher that counts what it takes."""
+
+    def __init__(self, counts: Counter[str], algorithm: str) -> None:
+        self._counts, self._algorithm, self._hasher = counts, algorithm, new_hasher(algorithm)
+        self.hexdigest = self._hasher.hexdigest
+
+    def update(self, data: memoryview) -> None:
+        self._counts[self._algorithm] += len(data)
+        self._hasher.update(data)
+
+
+def test_sha256_takes_what_is_written_and_nothing_else(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every piece went through it as well: two passes of what takes most of a merge's time."""
+    folder, counts = cut(work), Counter[str]()
+    for module in ("converters.digests", "converters.shard.proved"):
+        monkeypatch.setattr(f"{module}.new_hasher", lambda algorithm: Counting(counts, algorithm))
+    size = sum(tensor.nbytes for tensor in read_tensors(work / "src").values())
+    merge(folder, work / "merged")
+    assert counts["sha256"] == size
+    assert counts["xxh3"] >= size
+    counts.clear()
+    forget_xxh3(folder)
+    merge(folder, work / "merged-again")
+    assert counts["sha256"] == 2 * size
+
+
+def test_what_reads_back_a_resumed_cut_has_all_digests(work: Path) -> None:
+    """A damaged shard is made again, beside those that the manifest's records stand for."""
+    folder = cut(work)
+    written = (folder / MANIFEST_FILE).read_bytes()
+    assert all("xxh3" in part for facts in json.loads(written)["tensors"].values() for part in facts["slices"])
+    rank_file(folder, 2, "lm_head.weight").unlink()
+    assert (cut_again(work) / MANIFEST_FILE).read_bytes() == written
 
 
 def test_the_same_command_finishes_once_the_file_is_mended(work: Path) -> None:
@@ -121,12 +197,14 @@ def test_out_of_order_reads_are_proved_too(work: Path) -> None:
                 source.reader.read_into(name, size - 1, memoryview(bytearray(1)))
 
 
-@pytest.mark.parametrize("change", [{"sha256": "no digest"}, {"sha256": 7}, {}])
+@pytest.mark.parametrize(
+    "change", [{"sha256": "no digest"}, {"sha256": 7}, {}, {"sha256": "00", "xxh3": 7}, {"sha256": "00", "xxh3": "?"}]
+)
 def test_a_manifest_without_digests_is_refused(work: Path, change: dict[str, Any]) -> None:
     folder = cut(work)
     manifest = json.loads((folder / MANIFEST_FILE).read_text())
     part = manifest["tensors"]["lm_head.weight"]["slices"][0]
-    del part["sha256"]
+    del part["sha256"], part["xxh3"]
     part |= change
     (folder / MANIFEST_FILE).write_text(json.dumps(manifest))
     with pytest.raises(InputError, match=MANIFEST_FILE):

@@ -80,5 +80,5 @@ def test_a_damaged_slice_is_seen(work: Path, seed: int) -> None:
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)
-    with pytest.raises(InputError, match="of rank 0: expected sha256"):
+    with pytest.raises(InputError, match="of rank 0: expected xxh3"):
         merge(first, work / "merged")

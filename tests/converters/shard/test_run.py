@@ -185,7 +185,7 @@ def test_replicas_that_differ_in_their_scales_are_refused(work: Path) -> None:
     def give_rank_1_its_own(manifest: Any) -> None:
         """The damage is no accident: the manifest agrees with it."""
         part = manifest["tensors"][name]["slices"][0]
-        manifest["tensors"][name]["slices"] = [{**part, "ranks": [0]}, {**part, "ranks": [1], "sha256": digest}]
+        manifest["tensors"][name]["slices"] = [{**part, "ranks": [0]}, {"ranks": [1], "sha256": digest}]
         manifest["shards"][path.name].update(bytes=path.stat().st_size)
 
     rewrite(dst, give_rank_1_its_own)
