@@ -11,7 +11,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from converters.config import CONFIG_FILE, Glm4MoeConfig
 from converters.errors import InputError
@@ -22,7 +21,7 @@ from runtime.model.loader import load_model
 from runtime.moe.router import Routing
 from runtime.verify.metrics import TokenScores, score_tokens
 from runtime.verify.routing import LayerRouting, RoutingCounter
-from runtime.verify.store_layout import ModelRun, OnInput, RunOptions
+from runtime.verify.store_layout import ModelRun, OnPart, RunOptions
 from runtime.verify.summary import LogitSummary, summarize
 from runtime.verify.tokens import EncodedText as EncodedText
 from runtime.verify.tokens import encode_text as encode_text
@@ -154,28 +153,19 @@ def _run(model: CausalLM, ids_T: torch.Tensor, window: Window) -> _Pass:
 
 
 @torch.inference_mode()
-def run_in_memory(folder: Path, text: EncodedText, options: RunOptions, on_input: OnInput | None = None) -> ModelRun:
+def run_in_memory(folder: Path, text: EncodedText, options: RunOptions, on_part: OnPart | None = None) -> ModelRun:
     """Load a whole model and run it, window by window; what a streamed run must equal."""
+    assert on_part is None, "parts of layers are told by streamed runs alone"
     engine = EngineConfig(dtype=options.dtype, device=options.device, activations=options.activations)
     model = load_model(folder, engine, with_mtp=False).model
-    hidden, topk_ids, first_row = list[torch.Tensor](), dict[int, list[torch.Tensor]](), 0
+    hidden, topk_ids = list[torch.Tensor](), dict[int, list[torch.Tensor]]()
 
     def observe(routing: Routing) -> None:
         topk_ids.setdefault(routing.layer, []).append(routing.topk_ids_TK.cpu())
 
-    def tell(layer: int) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
-        def hook(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-            if on_input is not None:
-                on_input(layer, first_row, inputs[0][0])
-
-        return hook
-
-    for layer, module in enumerate(model.decoder_layers):
-        module.register_forward_pre_hook(tell(layer))
     for window in text.plan.windows:
         ids_T = torch.tensor(text.token_ids[window.begin : window.end], device=options.device)
         hidden.append(model(ids_T[None], observer=observe)[0].float().cpu())
-        first_row += len(ids_T)
     return ModelRun(torch.cat(hidden), {layer: torch.cat(parts) for layer, parts in topk_ids.items()})
 
 

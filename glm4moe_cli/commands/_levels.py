@@ -35,17 +35,17 @@ _HEEDED: Mapping[str, tuple[str, ...]] = {
     **dict.fromkeys(("text", "tokens", "num_tokens", "context_length", "stride", "seed"), _OVER_TOKENS),
     **dict.fromkeys(("activations", "deterministic"), _OVER_TOKENS),
     **dict.fromkeys(("save_reference", "save_head", "save_inputs"), _OVER_TOKENS),
-    **dict.fromkeys(("max_kl", "min_top1", "max_ppl_ratio", "reference"), (LOGITS,)),
-    "floor": _MODELS,
+    **dict.fromkeys(("max_kl", "min_top1", "max_ppl_ratio"), (LOGITS,)),
+    **dict.fromkeys(("floor", "reference"), _MODELS),
     "max_layer_error": (LAYERS,),
     "engine_logprobs": (RUNTIME,),
     "device": (*_OVER_TOKENS, TEXT),
     "workers": (BYTES, WEIGHTS, *_OVER_TOKENS),
     "max_memory": (WEIGHTS, *_OVER_TOKENS),
 }
+_WITHOUT_SOURCE = (BYTES, RUNTIME)
 # beside a stored reference nothing of the source is there to run
-_WITHOUT_SOURCE = (BYTES, LOGITS, RUNTIME)
-_NOT_BESIDE_REFERENCE = ("floor", "max_layer_error", "text", "tokens", "num_tokens", "context_length", "stride")
+_NOT_BESIDE_REFERENCE = ("text", "tokens", "num_tokens", "context_length", "stride")
 
 
 def chosen_levels(options: Mapping[str, Any]) -> tuple[str, ...]:
@@ -67,18 +67,10 @@ def chosen_levels(options: Mapping[str, Any]) -> tuple[str, ...]:
         )
     if not chosen and options["save_reference"] is None:
         raise UsageError("--against", expected="SRC, which CKPT was made from, or --reference FILE", found="neither")
-    lacking = None if has_source else next((name for name in chosen if name not in _WITHOUT_SOURCE), None)
-    if not has_source and LOGITS in chosen and options["reference"] is None:
-        lacking = LOGITS
+    enough = (*_WITHOUT_SOURCE, *(_MODELS if options["reference"] is not None else ()))
+    lacking = None if has_source else next((name for name in chosen if name not in enough), None)
     if lacking is not None:
         raise UsageError("--against", expected=f"SRC, which the level {lacking} compares with", found="none")
-    if options["reference"] is not None and LAYERS in chosen:
-        raise UsageError(
-            f"--level {level}",
-            expected="no --reference beside it",
-            found="one",
-            next_step="A stored reference has no layers to compare with: leave it out, or take --level logits.",
-        )
     return chosen
 
 
@@ -108,6 +100,8 @@ def check_options(ctx: click.Context, levels: tuple[str, ...]) -> None:
     for name in _given(ctx):
         if options["reference"] is not None and name in _NOT_BESIDE_REFERENCE:
             raise UsageError(spelled(ctx, name), expected="no --reference beside it, which has its own", found="both")
+        if options["reference"] is not None and name == "floor":
+            raise UsageError(spelled(ctx, name), expected="no --reference beside it, which has no floor", found="both")
         heeded = _HEEDED.get(name, levels)
         if levels and not set(heeded) & set(levels):
             where = f"--level {options['level']}" if options["level"] else "no --text, and so no logits"
@@ -148,8 +142,10 @@ def _given(ctx: click.Context) -> list[str]:
 
 
 def spelled(ctx: click.Context, name: str) -> str:
-    """Return a parameter as users type it."""
-    return next(parameter.opts[0] for parameter in ctx.command.params if parameter.name == name)
+    """Return a parameter as users type it; of a pair such as --floor and --no-floor the one that was chosen."""
+    parameter = next(parameter for parameter in ctx.command.params if parameter.name == name)
+    names = parameter.secondary_opts if ctx.params[name] is False else parameter.opts
+    return (names or parameter.opts)[0]
 
 
 @dataclass(frozen=True, slots=True)

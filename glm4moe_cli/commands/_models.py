@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from runtime.verify.reference import ReferenceComparison
     from runtime.verify.results import ModelComparison
     from runtime.verify.store_layout import ReferenceFacts, Runner
-    from runtime.verify.text_level import TextReport
+    from runtime.verify.text_results import TextReport
     from runtime.verify.tokens import EncodedText
 
 # tokens and context where layers are compared and the user asks for nothing: nearly every expert is hit, and 355B takes
@@ -123,7 +123,9 @@ def model_limits(scheme: str, options: Mapping[str, Any], how: StreamOptions) ->
     )
 
 
-def plan_run(output: Output, runs: ModelRuns, source: Path | None, candidate: Path) -> dict[str, Any]:
+def plan_run(
+    output: Output, runs: ModelRuns, source: Path | None, candidate: Path, reference: Path | None = None
+) -> dict[str, Any]:
     """Plan memory and reads, print them before anything is run, and return them ready for JSON.
 
     Raises:
@@ -136,13 +138,25 @@ def plan_run(output: Output, runs: ModelRuns, source: Path | None, candidate: Pa
 
         with planned(source, candidate, runs.text, runs.how) as job:
             memory, read_bytes = job.memory, job.read_bytes
-        facts |= {"memory": _memory_words(memory), "reads": format_bytes(read_bytes)}
-        facts |= {"scratch file": format_bytes(memory.scratch_bytes) if memory.hidden_on_disk else "none"}
+        facts |= _memory_facts(memory, read_bytes)
+        plan |= {"memory": memory, "peak_bytes": memory.peak_bytes, "read_bytes": read_bytes}
+    elif reference is not None and LAYERS in runs.levels:
+        from runtime.verify.replayed import planned_replay
+        from runtime.verify.store import StoredReference
+
+        with StoredReference.open(reference) as stored, planned_replay(stored, candidate, runs.how) as replay:
+            memory, read_bytes = replay.memory, replay.read_bytes
+        facts |= _memory_facts(memory, read_bytes)
         plan |= {"memory": memory, "peak_bytes": memory.peak_bytes, "read_bytes": read_bytes}
     for name, value in facts.items():
         # stdout begins with the verdict
         output.note(f"{name}: {value}")
     return plan
+
+
+def _memory_facts(memory: "StreamMemory", read_bytes: int) -> dict[str, object]:
+    scratch = format_bytes(memory.scratch_bytes) if memory.hidden_on_disk else "none"
+    return {"memory": _memory_words(memory), "reads": format_bytes(read_bytes), "scratch file": scratch}
 
 
 def _memory_words(memory: "StreamMemory") -> str:
@@ -176,9 +190,13 @@ def compare_with_reference(
 ) -> "ReferenceComparison":
     """Run the candidate and compare it with what was kept of the source."""
     from runtime.verify.reference import compare_reference
+    from runtime.verify.replayed import planned_replay
     from runtime.verify.store import StoredReference
 
     with StoredReference.open(reference) as stored, output.progress("models", _weight_bytes(candidate)) as progress:
+        if LAYERS in runs.levels:
+            with planned_replay(stored, candidate, runs.how, source=source) as job:
+                return job.run(progress)
         run = _runner(runs.how, progress)
         return compare_reference(stored, candidate, runs.how, run, seed=runs.how.seed, source=source)
 
@@ -205,7 +223,8 @@ def save(output: Output, source: Path, runs: ModelRuns, options: Mapping[str, An
 def check_room(folders: tuple[Path, Path], device: str) -> None:
     """Refuse, before anything long is begun, models that are too large to answer prompts here."""
     from runtime.config import resolve_device
-    from runtime.verify.text_level import TextOptions, check_memory
+    from runtime.verify.text_level import check_memory
+    from runtime.verify.text_results import TextOptions
 
     for folder in folders:
         check_memory(folder, TextOptions(device=resolve_device(device)))
@@ -214,7 +233,8 @@ def check_room(folders: tuple[Path, Path], device: str) -> None:
 def check_answers(folders: tuple[Path, Path], scheme: str, device: str) -> "TextReport":
     """Let both models answer a few prompts."""
     from runtime.config import resolve_device
-    from runtime.verify.text_level import TextOptions, check_text
+    from runtime.verify.text_level import check_text
+    from runtime.verify.text_results import TextOptions
 
     return check_text(*folders, TextOptions(device=resolve_device(device), max_gap=near_tie(scheme)))
 
@@ -231,11 +251,11 @@ def compare_with_engine(output: Output, candidate: Path, runs: ModelRuns, where:
 
 def _runner(how: StreamOptions, progress: "Progress") -> "Runner":
     """Return what runs one model as the comparison of two does."""
-    from runtime.verify.store_layout import ModelRun, OnInput, RunOptions
+    from runtime.verify.store_layout import ModelRun, OnPart, RunOptions
     from runtime.verify.streamed import stream_one
 
-    def run(folder: Path, text: "EncodedText", options: RunOptions, on_input: OnInput | None = None) -> ModelRun:
-        found = stream_one(folder, text, replace(how, with_mtp=False), on_input, progress)
+    def run(folder: Path, text: "EncodedText", options: RunOptions, on_part: OnPart | None = None) -> ModelRun:
+        found = stream_one(folder, text, replace(how, with_mtp=False), on_part, progress)
         return ModelRun(found.final_hidden_RD, found.routing_ids, found.norms)
 
     return run

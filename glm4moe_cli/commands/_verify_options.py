@@ -131,7 +131,7 @@ reference_options = _all(
         "--reference",
         type=_readable,
         metavar="FILE",
-        help="Compare logits with what --save-reference kept; SRC may be missing then.",
+        help="Compare logits with what --save-reference kept, and layers if it kept them; SRC may be missing then.",
     ),
     click.option(
         "--save-reference",
@@ -147,7 +147,8 @@ reference_options = _all(
     click.option(
         "--save-inputs",
         is_flag=True,
-        help="Keep the input of every layer in that file too, 10 KiB a token and layer at full size.",
+        help="Keep what every layer is given and makes of it in that file too, 40 KiB a token and layer at full size, "
+        "so that layers can be compared without SRC.",
     ),
     click.option(
         "--engine-logprobs",

@@ -67,10 +67,10 @@ Examples:
     type=click.Choice(CHOICES),
     show_default="standard; with --text or --tokens full",
     help="structure: names, shapes, dtypes, config and files, from headers alone. bytes: digests of CKPT's files. "
-    "weights: every element within half a step of its source, or equal. layers: each layer and router on the source's "
-    "own input. logits: both models run freely. text: answers to a few prompts. runtime: an engine that serves CKPT. "
-    "quick: the first two; standard: the first three; full: up to logits; release: every one; all: every one, runtime "
-    "where --engine-logprobs is given.",
+    "weights: every element within half a step of its source, or equal. layers: each layer and router, the embedding, "
+    "norms and the head, on the source's own input. logits: both models run freely. text: answers to a few prompts. "
+    "runtime: an engine that serves CKPT. quick: the first two; standard: the first three; full: up to logits; "
+    "release: every one; all: every one, runtime where --engine-logprobs is given.",
 )
 @token_options
 @reference_options
@@ -151,7 +151,7 @@ class _Verification:
         runs = models.plan_models(self.source or self.candidate, self.options, further)
         beside_reference = self.options["reference"] is not None
         source = None if beside_reference else self.source
-        self.plan = models.plan_run(self.output, runs, source, self.candidate)
+        self.plan = models.plan_run(self.output, runs, source, self.candidate, self.options["reference"])
         return runs
 
     def _files(self, levels: Levels, further: tuple[str, ...]) -> Levels:
@@ -169,7 +169,7 @@ class _Verification:
         if self.options["save_reference"] is not None:
             models.save(self.output, self.source or self.candidate, runs, self.options)
         reference = self.options["reference"]
-        if reference is not None and LOGITS in further:
+        if reference is not None and runs.compares:
             found = models.compare_with_reference(self.output, reference, self.candidate, runs, self.source)
             levels = replace(levels, layers=found.models, routing=found.routing)
         elif runs.compares:

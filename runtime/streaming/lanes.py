@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from runtime.streaming.replay import Replay
 from runtime.streaming.routed import Routed
 from runtime.streaming.sides import Side
 
@@ -49,6 +50,8 @@ class Lane:
         leader: see above.
         noise: on what a forced lane is given, or behind each layer of a free one.
         routed: decisions that hold for this lane in the layer at hand.
+        replay: a free lane's values as they were kept. Nothing is computed for such a lane: its side is that of those
+            it leads, whose layers it goes through.
     """
 
     name: str
@@ -60,6 +63,7 @@ class Lane:
     leader: "Lane | None" = None
     noise: Noise | None = None
     routed: Routed | None = None
+    replay: Replay | None = None
 
     @property
     def is_free(self) -> bool:

@@ -43,7 +43,7 @@ class LayerRun:
         self, lanes: Sequence[Lane], plan: RowPlan, reads: ReadAhead, watcher: Watcher, *, deterministic: bool
     ) -> None:
         self._lanes, self._plan, self._reads, self._watcher = lanes, plan, reads, watcher
-        self._deterministic = deterministic
+        self._deterministic, self._layer = deterministic, 0
         self._chunk = plan.longest if deterministic else CHUNK_TOKENS
         engine = lanes[0].side.loader.engine
         self._dtype, self._device = engine.torch_dtype, engine.device
@@ -54,6 +54,7 @@ class LayerRun:
         Raises:
             InputError: a weight that cannot be read or decoded.
         """
+        self._layer = layer
         modules = {lane.side.name: lane.side.layer(layer) for lane in self._lanes}
         bounds = self._plan.mtp_bounds if is_mtp else self._plan.bounds
         self._watcher.begin(layer, is_mtp=is_mtp)
@@ -72,17 +73,24 @@ class LayerRun:
         self._watcher.end()
 
     def norm(self) -> None:
-        """Put the final norm, the next weights, to the hidden states of the free lanes."""
+        """Put the final norm, the next weights, to the hidden states of the free lanes, and show what others make."""
         with self._reads.resident():
             norms = {lane.side.name: lane.side.loader.model.model.norm for lane in self._lanes}
             self._norm(self._plan.bounds, norms)
 
     def _norm(self, bounds: Bounds, norms: Mapping[str, RMSNorm]) -> None:
         for begin, end in chunks(bounds, self._chunk):
-            for lane in self._active(end):
+            lanes = [lane for lane in self._active(end) if lane.is_free or lane.shares_state]
+            outputs: dict[str, torch.Tensor] = {}
+            for lane in lanes:
+                if lane.replay is not None:
+                    outputs[lane.name] = lane.replay.final(begin, end)
+                else:
+                    outputs[lane.name] = norms[lane.side.name](self._rows(lane.state_TD, begin, end))
+            self._watcher.final(torch.arange(begin, end), outputs)
+            for lane in lanes:
                 if lane.is_free:
-                    rows_RD = self._rows(lane.state_TD, begin, end)
-                    lane.state_TD[begin:end] = norms[lane.side.name](rows_RD).to(lane.state_TD)
+                    lane.state_TD[begin:end] = outputs[lane.name].to(lane.state_TD)
 
     def _active(self, end: int) -> list[Lane]:
         return [lane for lane in self._lanes if end <= lane.num_rows]
@@ -97,6 +105,7 @@ class LayerRun:
             caches = {
                 lane.name: WindowAttention(lane.side.source.config, longest, self._dtype, self._device)
                 for lane in self._lanes
+                if lane.replay is None
             }
         for window in bounds:
             for cache in caches.values():
@@ -119,7 +128,9 @@ class LayerRun:
         outputs: dict[str, torch.Tensor] = {}
         for lane in lanes:
             module, given_1RD = modules[lane.side.name], given[lane.name]
-            if is_whole:
+            if lane.replay is not None:
+                outputs[lane.name] = lane.replay.attention(self._layer, begin, end)[None]
+            elif is_whole:
                 outputs[lane.name] = attend_whole(lane.side.source.config, module, given_1RD)
             else:
                 outputs[lane.name] = caches[lane.name].run(module, given_1RD)
@@ -151,9 +162,15 @@ class LayerRun:
 
     def _normed(self, modules: dict[str, DecoderLayer], lane: Lane, begin: int, end: int) -> torch.Tensor:
         """Return what a lane's MLP is given: a forced lane what its leader's norm makes of its leader's state."""
-        norm = modules[lane.owner.side.name].post_attention_layernorm
-        out_RD: torch.Tensor = norm(self._rows(lane.state_TD, begin, end))
+        out_RD: torch.Tensor = self._mlp_norm(modules, lane.owner)(self._rows(lane.state_TD, begin, end))
         return out_RD
+
+    def _mlp_norm(self, modules: dict[str, DecoderLayer], lane: Lane) -> RMSNorm:
+        if lane.replay is not None:
+            return lane.replay.mlp_norm(self._layer)
+        norm = modules[lane.side.name].post_attention_layernorm
+        assert isinstance(norm, RMSNorm), norm
+        return norm
 
     def _route(self, modules: dict[str, DecoderLayer], bounds: Bounds) -> None:
         """Ask the routers, and clear the sums of the experts' results; a layer without experts has nothing to ask."""
@@ -169,24 +186,32 @@ class LayerRun:
                 if lane.shares_state:
                     normed[lane.name] = module.post_attention_layernorm(self._rows(lane.state_TD, begin, end))
                 if isinstance(module.mlp, MoE):
-                    routings[lane.name] = module.mlp.gate(given_RD)
+                    kept = lane.replay
+                    gate = module.mlp.gate
+                    routings[lane.name] = gate(given_RD) if kept is None else kept.routing(self._layer, begin, end)
                     if lane.is_free:
                         routed[lane.name].append(Routed.of(routings[lane.name]))
             self._watcher.normed(rows, normed)
             if routings:
-                gates = {lane.name: modules[lane.side.name].mlp for lane in self._active(end)}
-                biases = {name: moe.gate.e_score_correction_bias for name, moe in gates.items() if isinstance(moe, MoE)}
+                biases = {lane.name: self._bias(modules, lane) for lane in self._active(end)}
                 self._watcher.routers(rows, routings, biases)
         for lane in self._lanes:
             own = routed[lane.name]
             lane.routed = Routed.cat(own) if own else None
             lane.added_TD.zero_()
 
+    def _bias(self, modules: dict[str, DecoderLayer], lane: Lane) -> torch.Tensor:
+        if lane.replay is not None:
+            return lane.replay.bias(self._layer)
+        moe = modules[lane.side.name].mlp
+        assert isinstance(moe, MoE), moe
+        return moe.gate.e_score_correction_bias
+
     def _needed(self) -> list[frozenset[int]]:
         """Return the experts that some token of a lane of each side goes to."""
         experts: dict[str, set[int]] = {lane.side.name: set() for lane in self._lanes}
         for lane in self._lanes:
-            if lane.owner.routed is not None:
+            if lane.owner.routed is not None and lane.replay is None:
                 experts[lane.side.name].update(lane.owner.routed.topk_ids_TK.unique().tolist())
         return [frozenset(found) for found in experts.values()]
 
@@ -204,9 +229,10 @@ class LayerRun:
 
     def _calls(self, modules: dict[str, DecoderLayer], leader: Lane, block: ExpertRows) -> Iterator[ExpertCall]:
         """Yield what an expert is given by a leader and by those it leads, the leader first."""
-        norm = modules[leader.side.name].post_attention_layernorm
+        norm = self._mlp_norm(modules, leader)
         shared_RD = normed_rows(leader.state_TD, block.rows, norm, self._dtype, self._device)
-        for lane in (leader, *(lane for lane in self._lanes if lane.leader is leader)):
+        led = [lane for lane in self._lanes if lane.leader is leader]
+        for lane in led if leader.replay is not None else [leader, *led]:
             if lane is leader or lane.shares_state:
                 yield ExpertCall(lane, block, shared_RD)
                 continue
@@ -257,6 +283,8 @@ class LayerRun:
             self._watcher.states(rows, states)
 
     def _mlp(self, modules: dict[str, DecoderLayer], lane: Lane, begin: int, end: int) -> torch.Tensor:
+        if lane.replay is not None:
+            return lane.replay.mlp(self._layer, begin, end)
         normed_RD, mlp = self._normed(modules, lane, begin, end), modules[lane.side.name].mlp
         if isinstance(mlp, GatedMlp):
             dense_1RD: torch.Tensor = mlp(normed_RD[None])

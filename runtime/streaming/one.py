@@ -21,8 +21,11 @@ from runtime.streaming.threads import computing_threads
 from runtime.streaming.watch import Values, Watcher
 
 _LANE = "model"
-# layer, first row, and rows (rows, D) of what the layer is given
-OnInput = Callable[[int, int, torch.Tensor], None]
+# parts of a layer that can be kept: what it is given, and what its halves make of it before the residual sums, (R, D);
+# in MoE layers the router's logits (R, E) and the weights of the experts (R, K)
+INPUT, ATTENTION, MLP, ROUTER_LOGITS, ROUTING_WEIGHTS = "input", "attention", "mlp", "router_logits", "routing_weights"
+# part, layer, first row, and the rows
+OnPart = Callable[[str, int, int, torch.Tensor], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +51,7 @@ class OneModel:
 
 @dataclass(slots=True)
 class _Record(Watcher):
-    on_input: OnInput | None
+    on_part: OnPart | None
     ids: dict[int, list[torch.Tensor]] = field(default_factory=dict)
     norms: dict[int, list[torch.Tensor]] = field(default_factory=dict)
     layer: int = 0
@@ -58,15 +61,27 @@ class _Record(Watcher):
         self.layer, self.is_mtp = layer, is_mtp
 
     def inputs(self, rows_R: torch.Tensor, inputs: Values) -> None:
-        if self.on_input is not None and not self.is_mtp:
-            self.on_input(self.layer, int(rows_R[0]), inputs[_LANE])
+        self._tell(INPUT, rows_R, inputs[_LANE])
+
+    def attention(self, rows_R: torch.Tensor, outputs: Values) -> None:
+        self._tell(ATTENTION, rows_R, outputs[_LANE])
 
     def routers(self, rows_R: torch.Tensor, routings: Mapping[str, Routing], biases: Values) -> None:
-        self.ids.setdefault(self.layer, []).append(routings[_LANE].topk_ids_TK.cpu())
+        routing = routings[_LANE]
+        self.ids.setdefault(self.layer, []).append(routing.topk_ids_TK.cpu())
+        self._tell(ROUTER_LOGITS, rows_R, routing.router_logits_TE)
+        self._tell(ROUTING_WEIGHTS, rows_R, routing.topk_weights_TK)
+
+    def mlp(self, rows_R: torch.Tensor, outputs: Values) -> None:
+        self._tell(MLP, rows_R, outputs[_LANE])
 
     def states(self, rows_R: torch.Tensor, states: Values) -> None:
         if not self.is_mtp:
             self.norms.setdefault(self.layer, []).append(states[_LANE].float().norm(dim=-1).cpu())
+
+    def _tell(self, part: str, rows_R: torch.Tensor, values: torch.Tensor) -> None:
+        if self.on_part is not None and not self.is_mtp:
+            self.on_part(part, self.layer, int(rows_R[0]), values)
 
 
 @torch.inference_mode()
@@ -74,7 +89,7 @@ def stream_one(
     folder: Path,
     text: RowPlan,
     options: StreamOptions,
-    on_input: OnInput | None = None,
+    on_part: OnPart | None = None,
     progress: Progress | None = None,
 ) -> OneModel:
     """Run one model on a text, in the memory of a few experts.
@@ -83,7 +98,7 @@ def stream_one(
         folder: a checkpoint in any layout and format that the runtime loads.
         text: tokens and windows.
         options: how; levels and floor are not used.
-        on_input: told what each layer but the MTP layer is given, in order of rows.
+        on_part: told what each layer but the MTP layer is given and makes of it, each part in order of rows.
         progress: told where it is.
     Raises:
         InputError: it cannot be loaded. ResourceError: too little memory, or no room for a scratch file.
@@ -95,7 +110,7 @@ def stream_one(
         memory = plan_stream(sides, batches, text, lane_rows(specs, sides), options, with_heads=False)
         matrices = Matrices(source.config.hidden_size, options, on_disk=memory.hidden_on_disk)
         (lane,) = lanes = make_lanes(specs, sides, matrices, options)
-        record = _Record(on_input)
+        record = _Record(on_part)
         advance = progress.advance if progress is not None else lambda _: None
         with (
             computing_threads(text.num_rows, options),

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from runtime.streaming.attention import CHUNK_TOKENS
 from runtime.streaming.embedding import embed
 from runtime.streaming.hidden import token_matrix
 from runtime.streaming.lanes import Lane, Noise
@@ -17,6 +18,7 @@ from runtime.streaming.layer import LayerRun
 from runtime.streaming.options import Progress, StreamOptions
 from runtime.streaming.plan import LaneRows
 from runtime.streaming.reading import ReadAhead
+from runtime.streaming.replay import Replay
 from runtime.streaming.rows import RowPlan
 from runtime.streaming.sides import Side, runs_mtp
 from runtime.streaming.watch import Watcher
@@ -125,7 +127,10 @@ class Stream:
         dtype = self.sides[0].loader.engine.torch_dtype
         free = [lane for lane in self.lanes if lane.is_free]
         for lane in free:
-            self.reads.bytes_read += embed(lane.side.source, self.plan.ids[: lane.num_rows], lane.input_TD, dtype)
+            if lane.replay is not None:
+                _fill(lane, lane.replay)
+            else:
+                self.reads.bytes_read += embed(lane.side.source, self.plan.ids[: lane.num_rows], lane.input_TD, dtype)
         runner = LayerRun(self.lanes, self.plan, self.reads, self.watcher, deterministic=self.options.deterministic)
         has_mtp, count = runs_mtp(self.sides), self.sides[0].num_layers
         for layer in range(count):
@@ -146,3 +151,10 @@ class Stream:
     def _describe(self, text: str) -> None:
         if self.progress is not None:
             self.progress.describe(text)
+
+
+def _fill(lane: Lane, replay: Replay) -> None:
+    """Give a replayed lane what its first layer was given, a block of rows at a time."""
+    for begin in range(0, lane.num_rows, CHUNK_TOKENS):
+        end = min(begin + CHUNK_TOKENS, lane.num_rows)
+        lane.input_TD[begin:end] = replay.embedded(begin, end).to(lane.input_TD)

@@ -39,5 +39,11 @@ class Watcher:
     def states(self, rows_R: torch.Tensor, states: Values) -> None:
         """Hidden states of the free lanes behind the layer."""
 
+    def final(self, rows_R: torch.Tensor, outputs: Values) -> None:
+        """What the norm behind the last layer, or within the MTP layer, makes of the states; of forced lanes as well.
+
+        Those are given their leader's state; one with noise is left out.
+        """
+
     def end(self) -> None:
         """The layer is done."""

@@ -8,7 +8,7 @@ from runtime.verify.limits import Bound
 
 if TYPE_CHECKING:
     from runtime.verify.engine_logprobs import EngineComparison
-    from runtime.verify.text_level import TextReport
+    from runtime.verify.text_results import TextReport
 
 # an engine computes in bf16, whose log-probability near -4 has a grid of 0.031 nats, with kernels of its own. Measured
 # on the trained fixture against vLLM in bf16, held-out text and built-in corpus: KL 0.0006 and 0.0011, unexplained

@@ -78,10 +78,12 @@ def is_wrong(found: "LayerDifference", limits: Limits) -> bool:
 
 
 def judge_layers(found: "ModelComparison", limits: Limits) -> Iterator[Judged]:
-    """Yield the checks of the layers level, routers included; nothing where layers were not asked for."""
+    """Yield the checks of the layers level, in the order of execution; nothing where layers were not asked for."""
     if not found.layers:
         return
     yield from _finite_layers(found.layers)
+    if found.ends is not None:
+        yield _end("embedding", found.ends.embedding, limits.max_norm_error)
     parts = [value for layer in found.layers for value in _parts(layer, limits)]
     for metric, names in _ERRORS.items():
         chosen = [value for value in parts if value.part in names]
@@ -101,6 +103,23 @@ def judge_layers(found: "ModelComparison", limits: Limits) -> Iterator[Judged]:
         yield _routers(found.layers)
         moved = [value for value in parts if value.part == ROUTER]
         yield _extreme("routing weight moved, worst layer", "share of the routing weight moved", moved)
+    if found.ends is not None:
+        yield _end("final norm", found.ends.final_norm, limits.max_norm_error)
+        if found.ends.mtp_norm is not None:
+            yield _end("norm behind the MTP layer", found.ends.mtp_norm, limits.max_norm_error)
+        yield _end("head", found.ends.head, limits.max_layer_error)
+
+
+def _end(name: str, error: "OutputError", bound: Bound) -> Judged:
+    """Return the check of what lies in front of the layers or behind them."""
+    verdict = judge(error.relative, bound)
+    check = Check(f"{name}, relative error", error.relative, "", verdict, bound=bound)
+    if verdict is Verdict.PASS:
+        return Judged(check)
+    limit = bound.fail if verdict is Verdict.FAIL else bound.warn
+    where = f"{error.worst_token_relative:.4g} at token {error.worst_token}"
+    words = f"{name}: relative error {error.relative:.4g}, {where}, expected <= {limit:.4g}"
+    return Judged(check, ((verdict, words),))
 
 
 def _halves(found: "LayerDifference") -> "tuple[tuple[str, OutputError], ...]":

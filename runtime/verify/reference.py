@@ -35,7 +35,8 @@ class ReferenceComparison:
     """What a candidate and a stored reference have in common.
 
     Attributes:
-        models: as from a comparison with the source; without layers, MTP layer and floor.
+        models: as from a comparison with the source; without MTP layer and floor, and with layers only where the
+            reference keeps them.
         routing: agreement of the experts by layer, both sides on their own hidden states.
         source_digest: of the model that the reference was made of.
     """
@@ -144,7 +145,7 @@ def compare_reference(
     run = runner(candidate, stored.text, options)
     return ReferenceComparison(
         models=score_reference(stored, run, heads, options, seed=seed),
-        routing=_routing(stored, run),
+        routing=routing_agreement(stored, run),
         source_digest=stored.facts.source_digest,
     )
 
@@ -208,8 +209,8 @@ def _first_non_finite(stored: StoredReference, run: ModelRun) -> Iterator[str]:
             return
 
 
-def _routing(stored: StoredReference, run: ModelRun) -> tuple[LayerRouting, ...]:
-    """Count over the rows that make scored predictions, as a comparison with the source does."""
+def routing_agreement(stored: StoredReference, run: ModelRun) -> tuple[LayerRouting, ...]:
+    """Return the agreement of the experts by layer, over the rows that make scored predictions, as with the source."""
     counter, starts, kept = RoutingCounter(), row_starts(stored.text.plan), stored.routing_ids()
     for window in stored.text.plan.windows:
         rows = slice(starts[window.index], starts[window.index + 1])

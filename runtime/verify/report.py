@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from runtime.verify.engine_logprobs import EngineComparison
     from runtime.verify.results import ModelComparison
     from runtime.verify.routing import LayerRouting
-    from runtime.verify.text_level import TextReport
+    from runtime.verify.text_results import TextReport
 
 # reasons and causes that fit into the headline
 _IN_HEADLINE = 3
@@ -225,14 +225,15 @@ def build_report(
 
 
 def models_json(models: "ModelComparison | None") -> dict[str, Any]:
-    """Return the entries `layers`, `logits`, `mtp`, `floor` and `run` of a report; the single tokens are left out."""
+    """Return the entries `layers`, `ends`, `logits`, `mtp`, `floor` and `run` of a report; no single tokens."""
     if models is None:
-        return dict.fromkeys(("layers", "logits", "mtp", "floor", "run"))
+        return dict.fromkeys(("layers", "ends", "logits", "mtp", "floor", "run"))
     names = ("protocol", "dtype", "device", "activations", "notes", "first_non_finite", "spent")
     run = {name: getattr(models, name) for name in names}
     tokens = models.tokens
     logits = None if tokens is None else {"num_scored": len(tokens.scores), "summary": models.summary}
-    return {"layers": models.layers or None, "logits": logits, "mtp": models.mtp, "floor": models.floor, "run": run}
+    found = {"layers": models.layers or None, "ends": models.ends, "logits": logits}
+    return {**found, "mtp": models.mtp, "floor": models.floor, "run": run}
 
 
 def _finding_checks(levels: Levels) -> Iterator[Judged]:

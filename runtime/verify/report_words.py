@@ -54,6 +54,8 @@ def not_checked(scheme: str, levels: "Levels") -> Iterator[str]:
     models = levels.layers
     if models is None or not models.layers:
         yield "layers and routers"
+    elif not any(layer.experts for layer in models.layers):
+        yield "single experts"
     if models is None or models.tokens is None:
         yield "logits"
     if models is not None and scheme in _QUANTIZED_INPUTS and models.activations == FULL:

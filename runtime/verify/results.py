@@ -98,7 +98,7 @@ class LayerDifference:
         residual: hidden states behind the layer, free-running.
         router: teacher-forced, None for a dense layer.
         router_own: free-running, None for a dense layer.
-        experts: of an MoE layer, by index.
+        experts: of an MoE layer, by index; empty where the reference's are not known.
         first_non_finite: where the candidate or the reference first has NaN or Inf in this layer, e.g.
             "candidate: attention output, token 17"; None where all is finite.
         mlp_norm: the candidate's norm in front of the MLP on the reference's state: `mlp` is measured behind the
@@ -115,6 +115,23 @@ class LayerDifference:
     experts: tuple[ExpertDifference, ...]
     first_non_finite: str | None = None
     mlp_norm: OutputError | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class EndsDifference:
+    """What lies in front of the layers and behind them, each on what the reference gives it.
+
+    Attributes:
+        embedding: rows of the tokens, one for every token of every window.
+        final_norm: the norm behind the last layer.
+        head: logits of the reference's final hidden states.
+        mtp_norm: the norm behind the MTP layer; None where that was not run.
+    """
+
+    embedding: OutputError
+    final_norm: OutputError
+    head: OutputError
+    mtp_norm: OutputError | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,6 +213,7 @@ class ModelComparison:
         floor: None where it was not measured.
         notes: what was accepted although it is unusual.
         spent: None where nobody measured.
+        ends: embedding, final norm and head; None where layers were not asked for.
         first_non_finite: where each model that has NaN or Inf first has it on its own states, e.g. "candidate: layer 3,
             MLP output, token 17"; empty where layers were asked for, which say it themselves.
     """
@@ -212,3 +230,4 @@ class ModelComparison:
     notes: tuple[str, ...] = ()
     spent: Spent | None = None
     first_non_finite: tuple[str, ...] = ()
+    ends: EndsDifference | None = None

@@ -17,6 +17,7 @@ import converters
 from converters.checkpoint.manifest import source_digest
 from converters.errors import InputError
 from converters.shard.whole import open_whole
+from converters.source import Source
 from runtime.config import EngineConfig
 from runtime.model.linear import Linear
 from runtime.model.loader import ModelLoader
@@ -24,6 +25,7 @@ from runtime.streaming.plan import LOGIT_ROWS
 from runtime.verify import store_layout as layout
 from runtime.verify.head import fits_bf16, head_digest, load_head
 from runtime.verify.store_file import RowReader, RowWriter
+from runtime.verify.store_layers import KeptLayers, keep_parts, kept_layers, layer_specs, write_gains
 from runtime.verify.store_layout import CONFIG_FIELDS, METRIC_VERSION, ModelRun, ReferenceFacts, Runner, RunOptions
 from runtime.verify.tokens import TOKEN_IDS, EncodedText
 from runtime.verify.windows import Window, WindowPlan
@@ -93,14 +95,13 @@ class StoredReference:
         """Return the L2 norms (R,) fp32 of the hidden states behind a layer."""
         return self._reader.read(layout.norm_name(layer))
 
-    @property
-    def has_inputs(self) -> bool:
-        """Whether it holds what every layer was given."""
-        return layout.input_name(0) in self._reader.entries
+    def layers(self, engine: EngineConfig) -> KeptLayers:
+        """Return what it keeps of the layers.
 
-    def layer_input(self, layer: int, start: int, stop: int) -> torch.Tensor:
-        """Return rows [start, stop) of what a layer was given, (rows, D) bf16."""
-        return self._reader.read(layout.input_name(layer), start, stop)
+        Raises:
+            UsageError: it was saved without them. InputError: a part of them is missing or misshapen.
+        """
+        return kept_layers(self._reader, self.facts, layout.row_starts(self.text.plan)[-1], engine)
 
     def head(self) -> Linear | None:
         """Return the head that was kept, on the CPU, or None.
@@ -136,44 +137,47 @@ def save_reference(
         options: how.
         runner: what runs it.
         with_head: keep the head as well (1.5 GB at full size), for candidates whose own head is quantized.
-        with_inputs: keep what every layer was given, in bf16: 10 KiB a token and layer at full size.
+        with_inputs: keep what every layer was given and made of it: 40 KiB a token and layer at full size.
     Raises:
         InputError: the checkpoint cannot be run. ResourceError: no room for the file; found before the run.
     """
     with open_whole(source) as opened:
-        engine = EngineConfig(dtype=options.dtype, device=options.device)
-        head = load_head(ModelLoader(opened, engine, with_mtp=False))
-        config = opened.config
-        facts = ReferenceFacts(
-            metric_version=METRIC_VERSION,
-            version=converters.__version__,
-            torch=str(torch.__version__),
-            source_digest=source_digest(opened.reader, opened.raw_config),
-            head_digest=head_digest(head),
-            tokens_digest=layout.tokens_digest(text),
-            **{name: getattr(config, name) for name in CONFIG_FIELDS},
-            dtype=options.dtype,
-            device=options.device,
-            activations=options.activations,
-            plan={name: getattr(text.plan, name) for name in _PLAN_FIELDS},
-        )
-    about = json.dumps({"schema": layout.SCHEMA, **asdict(facts)}, sort_keys=True).encode()
-    head_dtype = ("BF16" if fits_bf16(head) else "F32") if with_head else None
-    specs = layout.tensor_specs(config, text, len(about), head_dtype=head_dtype, with_inputs=with_inputs)
-    with RowWriter(path, specs) as writer:
-        writer.write(layout.ABOUT, torch.frombuffer(bytearray(about), dtype=torch.uint8))
-        writer.write(TOKEN_IDS, torch.tensor(text.token_ids))
-        writer.write(layout.WINDOWS, layout.windows_tensor(text.plan))
-        if with_head:
-            _write_head(writer, head)
-
-        def keep_input(layer: int, first_row: int, rows_RD: torch.Tensor) -> None:
-            writer.write(layout.input_name(layer), rows_RD, first_row)
-
-        run = runner(source, text, options, keep_input if with_inputs else None)
-        _write_run(writer, run, head, text, facts)
-        writer.finish()
+        loader = ModelLoader(opened, EngineConfig(dtype=options.dtype, device=options.device), with_mtp=False)
+        head = load_head(loader)
+        facts = _facts(opened, head, text, options)
+        about = json.dumps({"schema": layout.SCHEMA, **asdict(facts)}, sort_keys=True).encode()
+        head_dtype = ("BF16" if fits_bf16(head) else "F32") if with_head else None
+        specs = layout.tensor_specs(opened.config, text, len(about), head_dtype=head_dtype)
+        if with_inputs:
+            specs += layer_specs(opened.config, layout.row_starts(text.plan)[-1])
+        with RowWriter(path, specs) as writer:
+            writer.write(layout.ABOUT, torch.frombuffer(bytearray(about), dtype=torch.uint8))
+            writer.write(TOKEN_IDS, torch.tensor(text.token_ids))
+            writer.write(layout.WINDOWS, layout.windows_tensor(text.plan))
+            if with_head:
+                _write_head(writer, head)
+            if with_inputs:
+                write_gains(writer, loader)
+            run = runner(source, text, options, keep_parts(writer) if with_inputs else None)
+            _write_run(writer, run, head, text, facts)
+            writer.finish()
     return facts
+
+
+def _facts(opened: Source, head: Linear, text: EncodedText, options: RunOptions) -> ReferenceFacts:
+    return ReferenceFacts(
+        metric_version=METRIC_VERSION,
+        version=converters.__version__,
+        torch=str(torch.__version__),
+        source_digest=source_digest(opened.reader, opened.raw_config),
+        head_digest=head_digest(head),
+        tokens_digest=layout.tokens_digest(text),
+        **{name: getattr(opened.config, name) for name in CONFIG_FIELDS},
+        dtype=options.dtype,
+        device=options.device,
+        activations=options.activations,
+        plan={name: getattr(text.plan, name) for name in _PLAN_FIELDS},
+    )
 
 
 def _write_head(writer: RowWriter, head: Linear) -> None:

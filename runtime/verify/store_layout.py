@@ -69,15 +69,14 @@ class ModelRun:
     norms: Mapping[int, torch.Tensor] = field(default_factory=dict)
 
 
-OnInput = Callable[[int, int, torch.Tensor], None]
+# part, layer, first row, and the rows; see `runtime.streaming.one`
+OnPart = Callable[[str, int, int, torch.Tensor], None]
 
 
 class Runner(Protocol):
-    """Runs one model on a text; tells `on_input` layer, first row, and rows (rows, D) of what each layer is given."""
+    """Runs one model on a text; tells `on_part` what each layer is given and makes of it."""
 
-    def __call__(
-        self, folder: Path, text: EncodedText, options: RunOptions, on_input: OnInput | None = None
-    ) -> ModelRun:
+    def __call__(self, folder: Path, text: EncodedText, options: RunOptions, on_part: OnPart | None = None) -> ModelRun:
         """Return what the model made of the text."""
 
 
@@ -136,11 +135,6 @@ def norm_name(layer: int) -> str:
     return f"norms.{layer}"
 
 
-def input_name(layer: int) -> str:
-    """Return the tensor of what a layer was given: (R, D) bf16."""
-    return f"layer_input.{layer}"
-
-
 def row_starts(plan: WindowPlan) -> list[int]:
     """Return the first row of each window, and behind the last the number of all rows."""
     return list(accumulate((window.end - window.begin for window in plan.windows), initial=0))
@@ -159,7 +153,7 @@ def windows_tensor(plan: WindowPlan) -> torch.Tensor:
 
 
 def tensor_specs(
-    config: Glm4MoeConfig, text: EncodedText, about_bytes: int, *, head_dtype: str | None, with_inputs: bool
+    config: Glm4MoeConfig, text: EncodedText, about_bytes: int, *, head_dtype: str | None
 ) -> list[TensorSpec]:
     """Return what the file holds; `head_dtype` is None where the head is not kept."""
     plan = text.plan
@@ -180,5 +174,4 @@ def tensor_specs(
         *((norm_name(layer), "F32", (rows,)) for layer in layers),
         *((routing_name(layer), ids, (rows, config.num_experts_per_tok)) for layer in routed),
         *([(HEAD, head_dtype, (config.vocab_size, width))] if head_dtype else []),
-        *((input_name(layer), "BF16", (rows, width)) for layer in layers if with_inputs),
     ]

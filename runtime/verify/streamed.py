@@ -5,7 +5,7 @@ are measured in one pass over each checkpoint; see `runtime.verify.results` for 
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -16,8 +16,9 @@ from converters.config import CONFIG_FILE, Glm4MoeConfig
 from converters.errors import InputError
 from converters.shard.whole import open_whole
 from converters.source import Source
+from runtime.model.linear import Linear
 from runtime.streaming.head import heads
-from runtime.streaming.one import OneModel, OnInput
+from runtime.streaming.one import OneModel, OnPart
 from runtime.streaming.one import stream_one as _stream_one
 from runtime.streaming.options import LAYERS, LOGITS, Progress, StreamOptions
 from runtime.streaming.plan import StreamMemory, plan_stream
@@ -29,7 +30,7 @@ from runtime.streaming.threads import computing_threads
 from runtime.verify.finite import FiniteWatch
 from runtime.verify.results import ModelComparison, Spent
 from runtime.verify.streamed_layers import CANDIDATE, FLOOR, FORCED, NOISY, REFERENCE, LayerWatch
-from runtime.verify.streamed_logits import Scorer
+from runtime.verify.streamed_logits import Scorer, head_error
 from runtime.verify.summary import summarize
 from runtime.verify.tokens import EncodedText
 
@@ -69,11 +70,11 @@ def stream_one(
     folder: Path,
     text: EncodedText,
     options: StreamOptions,
-    on_input: OnInput | None = None,
+    on_part: OnPart | None = None,
     progress: Progress | None = None,
 ) -> OneModel:
     """Run one model on a text; see `runtime.streaming.one.stream_one`."""
-    return _stream_one(folder, RowPlan(text.token_ids, text.plan.windows), options, on_input, progress)
+    return _stream_one(folder, RowPlan(text.token_ids, text.plan.windows), options, on_part, progress)
 
 
 class StreamedJob:
@@ -99,7 +100,7 @@ class StreamedJob:
         self._batches = plan_batches(self._sides)
         lanes = lane_rows(self._specs, self._sides)
         self.memory: StreamMemory = plan_stream(
-            self._sides, self._batches, self._plan, lanes, options, with_heads=LOGITS in options.levels
+            self._sides, self._batches, self._plan, lanes, options, with_heads=bool(options.levels)
         )
 
     @property
@@ -108,7 +109,7 @@ class StreamedJob:
 
         Rows of the embedding are not counted.
         """
-        heads_read = [side.head_names() if LOGITS in self._options.levels else () for side in self._sides]
+        heads_read = [side.head_names() if self._options.levels else () for side in self._sides]
         batches = [*(batch.names for batch in self._batches), heads_read]
         return sum(
             side.loader.stored_bytes(names) for both in batches for side, names in zip(self._sides, both, strict=True)
@@ -151,8 +152,8 @@ class StreamedJob:
             first_non_finite=() if watch is not None else tuple(finite.of_run.values()),
         )
         waited, head_bytes = reads.seconds_waiting, 0
-        if LOGITS in options.levels:
-            found, head_bytes, seconds = self._score(found, stream, advance, has_mtp=has_mtp)
+        if options.levels:
+            found, head_bytes, seconds = self._behind(found, stream, advance, watch, has_mtp=has_mtp)
             waited += seconds
         spent = Spent(
             seconds=time.monotonic() - begin,
@@ -174,31 +175,51 @@ class StreamedJob:
                 yield LaneSpec(FLOOR, 0, self.floor_rows, leader=REFERENCE, is_noisy=True)
             yield LaneSpec(NOISY, 0, self.floor_rows, is_noisy=True)
 
-    def _score(
-        self, found: ModelComparison, stream: Stream, advance: Callable[[int], None], *, has_mtp: bool
+    def _behind(
+        self,
+        found: ModelComparison,
+        stream: Stream,
+        advance: Callable[[int], None],
+        watch: LayerWatch | None,
+        *,
+        has_mtp: bool,
     ) -> tuple[ModelComparison, int, float]:
-        """Return the comparison with what the heads say, the bytes of the heads, and the seconds of reading them."""
+        """Return the comparison with what heads and watch say, the heads' bytes and the seconds of reading them."""
         if stream.progress is not None:
-            stream.progress.describe("logits")
-        lanes, read = {lane.name: lane for lane in stream.lanes}, list[int]()
+            stream.progress.describe("head")
+        finals = {lane.name: lane.input_TD if has_mtp else lane.state_TD for lane in stream.lanes if lane.is_free}
+        read = list[int]()
 
         def count(num_bytes: int) -> None:
             read.append(num_bytes)
             advance(num_bytes)
 
-        finals = {name: lane.input_TD if has_mtp else lane.state_TD for name, lane in lanes.items() if lane.is_free}
-        final = finals[REFERENCE], finals[CANDIDATE]
         begin = time.monotonic()
         with heads(self._sides, count) as held:
             seconds = time.monotonic() - begin
             both = held[REFERENCE], held[CANDIDATE]
-            scorer = Scorer(self._text, self._plan, both, self._options.seed, by_window=self._options.deterministic)
-            table = scorer.main(final)
-            floor = scorer.floor(finals[REFERENCE], finals[NOISY]) if NOISY in finals else None
-            drafts = lanes[REFERENCE].state_TD, lanes[CANDIDATE].state_TD
-            mtp = scorer.mtp(final, drafts) if has_mtp else None
+            if watch is not None:
+                found = replace(found, ends=watch.ends(head_error(both, finals[REFERENCE], self._plan)))
+            if LOGITS in self._options.levels:
+                drafts = {lane.name: lane.state_TD for lane in stream.lanes} if has_mtp else None
+                found = self._score(found, both, finals, drafts)
+        return found, sum(read), seconds
+
+    def _score(
+        self,
+        found: ModelComparison,
+        both: tuple[Linear, Linear],
+        finals: Mapping[str, torch.Tensor],
+        drafts: Mapping[str, torch.Tensor] | None,
+    ) -> ModelComparison:
+        """Return the comparison with what the heads say of the final hidden states and of the MTP layer's."""
+        scorer = Scorer(self._text, self._plan, both, self._options.seed, by_window=self._options.deterministic)
+        final = finals[REFERENCE], finals[CANDIDATE]
+        table = scorer.main(final)
+        floor = scorer.floor(finals[REFERENCE], finals[NOISY]) if NOISY in finals else None
+        mtp = None if drafts is None else scorer.mtp(final, (drafts[REFERENCE], drafts[CANDIDATE]))
         summary = summarize(table.scores, table.windows_T, seed=self._options.seed)
-        return replace(found, tokens=table, summary=summary, mtp=mtp, floor=floor), sum(read), seconds
+        return replace(found, tokens=table, summary=summary, mtp=mtp, floor=floor)
 
     def _notes(self) -> tuple[str, ...]:
         notes = [f"{side.name}: {note}" for side in self._sides for note in side.loader.notes]

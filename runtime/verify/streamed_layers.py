@@ -13,7 +13,7 @@ from runtime.streaming.rows import RowPlan
 from runtime.streaming.watch import Values
 from runtime.verify.finite import FiniteWatch
 from runtime.verify.layer_metrics import ExpertSum, OutputErrorSum, RouterSum, ScoreChange
-from runtime.verify.results import LayerDifference
+from runtime.verify.results import EndsDifference, LayerDifference, OutputError
 
 # names of lanes: both models on their own states, the candidate on the reference's, and the reference with noise
 REFERENCE, CANDIDATE, FORCED, FLOOR, NOISY = "reference", "candidate", "forced", "floor", "noisy"
@@ -67,6 +67,7 @@ class _Layer:
     def result(self, non_finite: Mapping[str, str]) -> LayerDifference:
         has_router = bool(self.router.num_tokens)
         floor = self.router_floor.weight_moved if self.router_floor.num_tokens else None
+        experts = self.experts.result() if has_router else ()
         return LayerDifference(
             layer=self.layer,
             is_mtp=self.is_mtp,
@@ -75,7 +76,7 @@ class _Layer:
             residual=self.residual.error.result(self.residual.floor_relative),
             router=self.router.result(self.change.margin_limit(), floor) if has_router else None,
             router_own=self.router_own.result(self.change_own.margin_limit()) if has_router else None,
-            experts=self.experts.result() if has_router else (),
+            experts=experts if any(expert.num_tokens for expert in experts) else (),
             # the reference's own fault is the candidate's in any case, and what came in is no fault of this layer
             first_non_finite=next((non_finite[lane] for lane in _WORDS if lane in non_finite), None),
             mlp_norm=self.normed.error.result(self.normed.floor_relative),
@@ -96,12 +97,19 @@ class LayerWatch(FiniteWatch):
         super().__init__(plan, _WORDS)
         self._num_experts = num_experts
         self._now = _Layer(0, False, ExpertSum(0))
+        self._embedding, self._final, self._mtp_norm = OutputErrorSum(), OutputErrorSum(), OutputErrorSum()
         self.layers: list[LayerDifference] = []
 
     def begin(self, layer: int, *, is_mtp: bool) -> None:
         """Start the sums of a layer."""
         super().begin(layer, is_mtp=is_mtp)
         self._now = _Layer(layer, is_mtp, ExpertSum(self._num_experts))
+
+    def inputs(self, rows_R: torch.Tensor, inputs: Values) -> None:
+        """Measure the embeddings, which the first layer is given."""
+        super().inputs(rows_R, inputs)
+        if self._now.layer == 0:
+            self._embedding.add(inputs[REFERENCE], inputs[CANDIDATE], self.tokens(rows_R))
 
     def attention(self, rows_R: torch.Tensor, outputs: Values) -> None:
         """Measure attention."""
@@ -141,6 +149,16 @@ class LayerWatch(FiniteWatch):
         """Measure what leaves the layer."""
         super().states(rows_R, states)
         self._now.residual.add(self.tokens(rows_R), states)
+
+    def final(self, rows_R: torch.Tensor, outputs: Values) -> None:
+        """Measure the norm behind the last layer, or behind the MTP layer."""
+        sums = self._mtp_norm if self._now.is_mtp else self._final
+        sums.add(outputs[REFERENCE], outputs[FORCED], self.tokens(rows_R))
+
+    def ends(self, head: OutputError) -> EndsDifference:
+        """Return what lies in front of the layers and behind them, once all of them are done."""
+        mtp_norm = self._mtp_norm.result() if self._mtp_norm.num_tokens else None
+        return EndsDifference(self._embedding.result(), self._final.result(), head, mtp_norm)
 
     def end(self) -> None:
         """Take the layer's figures."""

@@ -12,13 +12,31 @@ from runtime.model.linear import Linear
 from runtime.streaming.head import logits_of
 from runtime.streaming.plan import LOGIT_ROWS
 from runtime.streaming.rows import RowPlan
+from runtime.verify.layer_metrics import OutputErrorSum
 from runtime.verify.metrics import TokenScores, score_tokens
-from runtime.verify.results import FloorSummary, MtpDifference, TokenTable
+from runtime.verify.results import FloorSummary, MtpDifference, OutputError, TokenTable
 from runtime.verify.summary import summarize
 from runtime.verify.tokens import EncodedText
 from runtime.verify.windows import Window
 
 Pair = tuple[torch.Tensor, torch.Tensor]
+
+
+def head_error(heads: tuple[Linear, Linear], final_RD: torch.Tensor, plan: RowPlan) -> OutputError:
+    """Return how far the candidate's logits are from the reference's, both of the reference's final hidden states.
+
+    Args:
+        heads: of reference and candidate; where they are one, a block of rows says it all.
+        final_RD: behind the reference's final norm.
+        plan: which token is in which row.
+    """
+    sums, rows_R = OutputErrorSum(), torch.arange(plan.num_rows)
+    for block_R in rows_R.split(LOGIT_ROWS):
+        ours_RV, theirs_RV = logits_of(heads, (final_RD, final_RD), block_R)
+        sums.add(ours_RV, theirs_RV, plan.positions[block_R])
+        if heads[0] is heads[1]:
+            break
+    return sums.result()
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from runtime.verify.results import LayerDifference, OutputError
     from runtime.verify.routing import LayerRouting
     from runtime.verify.summary import Estimate, LogitSummary
-    from runtime.verify.text_level import TextReport
+    from runtime.verify.text_results import TextReport
 
 METRIC_COLUMNS = ("metric", "reference", "candidate", "value", "95 % interval", "floor", "threshold", "verdict")
 FINDING_COLUMNS = ("severity", "subject", "expected", "found")

@@ -237,7 +237,7 @@ def test_option_of_levels_that_run_models_is_refused_without_them(
     for level in ((), ("--level", "weights")):
         ended = program("verify", str(copy), "--against", str(source), *level, *option)
         assert (ended.exit_code, ended.stdout) == (2, "")
-        name = option[0].replace("--no-floor", "--floor")
+        name = option[0]
         assert ended.stderr.startswith(f"Error: {name}: expected --level ")
         found = "--level weights" if level else "no --text, and so no logits"
         assert ended.stderr.endswith(f" or all, found {found}. It would be ignored.\n")
@@ -346,7 +346,55 @@ def test_reference_stands_for_the_source(
     assert program("verify", str(changed), "--reference", str(kept)).exit_code == 3
 
 
-@pytest.mark.parametrize("option", [("--text", "f"), ("--num-tokens", "9"), ("--stride", "9"), ("--no-floor",)])
+def test_layers_are_judged_without_the_source_where_they_were_kept(
+    program: Program, source: Path, copy: Path, tmp_path: Path, text: Path
+) -> None:
+    kept, tokens = tmp_path / "kept.safetensors", ("--text", str(text), "--num-tokens", "64")
+    assert program("verify", str(source), "--save-reference", str(kept), "--save-inputs", *tokens).exit_code == 0
+    ended = program("verify", str(copy), "--reference", str(kept), "--level", "layers", "--json")
+    result = json.loads(ended.stdout)["result"]
+    assert (ended.exit_code, result["verdict"], result["logits"]) == (0, "pass", None)
+    assert [row["mlp"]["relative"] for row in result["layers"]] == [0.0] * 3
+    assert {"single experts", "logits", "outputs of the MTP layer"} <= set(result["not_checked"])
+    assert result["provenance"]["plan"]["peak_bytes"] > 0
+    changed = write(tmp_path / "changed", lambda tensors: tensors.update({UP: tensors[UP] * 9}))
+    call = ("verify", str(changed), "--level", "layers", "--no-floor", "--against", str(source), *tokens)
+    beside = ("verify", str(changed), "--level", "layers", "--reference", str(kept))
+    direct, stored = (json.loads(program(*one, "--json").stdout)["result"] for one in (call, beside))
+    assert direct["verdict"] == stored["verdict"] == "fail"
+    assert stored["reasons"][0].startswith("layer 1 MoE: relative error ")
+    for ours, theirs in zip(direct["layers"], stored["layers"], strict=False):
+        assert {**ours, "experts": []} == theirs
+    assert (len(direct["layers"]), len(stored["layers"])) == (4, 3)
+    lenient = program(*beside, "--max-layer-error", "1000", "--json")
+    assert {check["metric"]: check["verdict"] for check in json.loads(lenient.stdout)["result"]["checks"]}[
+        "MLP and MoE error, worst layer"
+    ] == "pass"
+
+
+def test_layers_that_a_reference_does_not_keep_are_refused_by_name(
+    program: Program, source: Path, copy: Path, tmp_path: Path, text: Path
+) -> None:
+    kept = tmp_path / "kept.safetensors"
+    assert program("verify", str(source), "--save-reference", str(kept), "--text", str(text)).exit_code == 0
+    assert program("verify", str(copy), "--reference", str(kept), "--level", "layers", "--quiet") == Ended(
+        2,
+        "",
+        f"Error: --reference {kept}: expected one with its layers, to compare layers with, found one without. "
+        "Save it again with --save-inputs, or take --level logits.\n",
+    )
+
+
+def test_layers_alone_find_a_head_that_is_off(program: Program, source: Path, tmp_path: Path, text: Path) -> None:
+    changed = write(tmp_path / "changed", double)
+    call = ("verify", str(changed), "--against", str(source), "--level", "layers", "--text", str(text), "--json")
+    result = json.loads(program(*call).stdout)["result"]
+    assert result["verdict"] == "fail"
+    assert result["reasons"] == ["head: relative error 1, 1 at token 0, expected <= 0"]
+    assert result["ends"]["final_norm"]["relative"] == result["ends"]["embedding"]["relative"] == 0
+
+
+@pytest.mark.parametrize("option", [("--text", "f"), ("--num-tokens", "9"), ("--stride", "9")])
 def test_reference_has_its_own_tokens(
     program: Program, source: Path, copy: Path, tmp_path: Path, option: tuple[str, ...]
 ) -> None:
@@ -356,6 +404,15 @@ def test_reference_has_its_own_tokens(
     ended = program("verify", str(copy), "--reference", str(kept), *given)
     assert ended.exit_code == 2
     assert "expected no --reference beside it, which has its own, found both" in ended.stderr
+
+
+def test_reference_has_no_floor(program: Program, copy: Path, tmp_path: Path) -> None:
+    kept = tmp_path / "f"
+    kept.write_text("no reference; the options are looked at first")
+    for option in ("--floor", "--no-floor"):
+        ended = program("verify", str(copy), "--reference", str(kept), option)
+        expected = f"Error: {option}: expected no --reference beside it, which has no floor, found both\n"
+        assert (ended.exit_code, ended.stderr) == (2, expected)
 
 
 def test_saving_alone_refuses_what_compares(program: Program, source: Path, tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from runtime.streaming.options import StreamOptions
 from runtime.verify.corpus import encode_corpus
 from runtime.verify.engine_client import ServerOptions
 from runtime.verify.engine_logprobs import EngineComparison, compare_engine
-from runtime.verify.store_layout import ModelRun, OnInput, RunOptions
+from runtime.verify.store_layout import ModelRun, OnPart, RunOptions
 from runtime.verify.streamed import stream_one
 from runtime.verify.tokens import EncodedText
 
@@ -36,9 +36,9 @@ class Sizes:
     seed: int = 0
 
 
-def run(folder: Path, text: EncodedText, options: RunOptions, on_input: OnInput | None = None) -> ModelRun:
+def run(folder: Path, text: EncodedText, options: RunOptions, on_part: OnPart | None = None) -> ModelRun:
     assert isinstance(options, StreamOptions)
-    found = stream_one(folder, text, options, on_input)
+    found = stream_one(folder, text, options, on_part)
     return ModelRun(found.final_hidden_RD, found.routing_ids)
 
 

@@ -7,7 +7,8 @@ from runtime.verify.report_html.words import figure, grouped, percent, visible_t
 
 if TYPE_CHECKING:
     from runtime.verify.engine_logprobs import EngineComparison
-    from runtime.verify.text_level import Answer, TextReport, TextResult
+    from runtime.verify.text_answers import Answer
+    from runtime.verify.text_results import TextReport, TextResult
 
 # characters of an answer that are shown
 _MOST_CHARACTERS = 600

@@ -79,8 +79,12 @@ def test_tokens_cost_hidden_states_and_decisions_only(make_small):
     assert (many.weights, many.head, many.activations) == (few.weights, few.head, few.activations)
 
 
-def test_layers_alone_need_no_head(make_small):
-    assert small_memory(make_small("model"), levels=frozenset({LAYERS})).head == 0
+def test_layers_alone_need_the_heads_too(make_small):
+    """They are compared on the reference's final hidden states."""
+    folder = make_small("model")
+    alone, with_scores = small_memory(folder, levels=frozenset({LAYERS})).head, small_memory(folder).head
+    head_bytes = 2 * 64 * 48 * 4
+    assert head_bytes < alone < with_scores
 
 
 def test_more_readers_hold_more(make_small):

@@ -104,19 +104,27 @@ def test_fast_streaming_is_close_to_the_model_in_memory(make_small, monkeypatch)
 
 def test_norms_and_inputs_of_layers_are_those_of_the_model(make_small):
     folder = make_small("model")
-    seen: dict[int, list[torch.Tensor]] = {}
+    seen: dict[tuple[str, int], list[torch.Tensor]] = {}
 
-    def on_input(layer, first_row, rows_RD):
-        assert first_row == sum(map(len, seen.get(layer, [])))
-        seen.setdefault(layer, []).append(rows_RD.clone())
+    def on_part(part, layer, first_row, rows):
+        parts = seen.setdefault((part, layer), [])
+        assert first_row == sum(map(len, parts))
+        parts.append(rows.clone())
 
-    one = stream_one(folder, row_plan(TEXT), DETERMINISTIC, on_input)
+    one = stream_one(folder, row_plan(TEXT), DETERMINISTIC, on_part)
     embedding = load_model(folder, EngineConfig(dtype="float32")).model.model.embed_tokens.weight
-    inputs = {layer: torch.cat(parts) for layer, parts in seen.items()}
-    assert list(inputs) == [0, 1, 2]
+    whole = {key: torch.cat(parts) for key, parts in seen.items()}
+    inputs, attention, mlp = ([whole[part, layer] for layer in range(3)] for part in ("input", "attention", "mlp"))
+    assert max(layer for _, layer in whole) == 2
     assert torch.equal(inputs[0], embedding[row_plan(TEXT).ids])
     for layer in (0, 1):
         assert torch.equal(one.norms[layer], inputs[layer + 1].norm(dim=-1))
+        # the sums are those of the run, bit for bit
+        assert torch.equal(inputs[layer] + attention[layer] + mlp[layer], inputs[layer + 1])
+    for layer in (1, 2):
+        weights, ids = whole["routing_weights", layer], one.routing_ids[layer]
+        scores = whole["router_logits", layer].sigmoid().gather(1, ids)
+        torch.testing.assert_close(weights / weights.sum(-1, keepdim=True), scores / scores.sum(-1, keepdim=True))
 
 
 def test_without_mtp_layer_there_is_no_mtp_state(make_small):

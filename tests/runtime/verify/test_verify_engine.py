@@ -18,7 +18,7 @@ from runtime.streaming.options import StreamOptions
 from runtime.verify.engine_answers import PromptScores, prompt_scores
 from runtime.verify.engine_client import EngineServer, ServerOptions
 from runtime.verify.engine_logprobs import NEAR_TIE_NATS, EngineComparison, compare_engine, kl_lower_bound, match_token
-from runtime.verify.store_layout import ModelRun, OnInput, RunOptions
+from runtime.verify.store_layout import ModelRun, OnPart, RunOptions
 from runtime.verify.streamed import stream_one
 from runtime.verify.tokens import EncodedText
 from runtime.verify.windows import plan_windows
@@ -29,9 +29,9 @@ OPTIONS = StreamOptions(floor=False, with_mtp=False)
 TOP = ServerOptions(top=5)
 
 
-def run(folder: Path, text: EncodedText, options: RunOptions, on_input: OnInput | None = None) -> ModelRun:
+def run(folder: Path, text: EncodedText, options: RunOptions, on_part: OnPart | None = None) -> ModelRun:
     assert isinstance(options, StreamOptions)
-    found = stream_one(folder, text, options, on_input)
+    found = stream_one(folder, text, options, on_part)
     return ModelRun(found.final_hidden_RD, found.routing_ids)
 
 

@@ -368,6 +368,7 @@ def test_json_has_verdict_headline_and_every_part() -> None:
         "bytes",
         "weights",
         "layers",
+        "ends",
         "logits",
         "mtp",
         "floor",

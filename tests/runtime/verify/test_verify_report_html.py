@@ -27,7 +27,8 @@ from runtime.verify.report_html.words import duration, figure, percent, visible,
 from runtime.verify.results import ModelComparison
 from runtime.verify.routing import LayerRouting
 from runtime.verify.summary import Estimate
-from runtime.verify.text_level import Answer, TextProblem, TextReport, TextResult
+from runtime.verify.text_answers import Answer
+from runtime.verify.text_results import TextProblem, TextReport, TextResult
 
 HOSTILE = "</script></title></style><img src=x onerror=\"alert('1')\">\u202e\x1b[31m&amp;"
 ROOT = Path(__file__).parents[3]

@@ -11,6 +11,7 @@ import pytest
 import torch
 from builders import read_tensors, small_checkpoint, small_config, write_checkpoint
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from converters.config import Glm4MoeConfig
 from converters.errors import Glm4MoeError, InputError, ResourceError, UsageError
@@ -18,10 +19,14 @@ from converters.schema import Role, expand
 from runtime.config import EngineConfig
 from runtime.model.loader import load_model
 from runtime.streaming.options import LAYERS, LOGITS, StreamOptions
+from runtime.verify.limits import PROFILES
 from runtime.verify.metrics import TokenScores
 from runtime.verify.reference import check_reference, compare_reference
+from runtime.verify.replayed import planned_replay
+from runtime.verify.report import Levels, build_report
+from runtime.verify.results import ModelComparison
 from runtime.verify.store import StoredReference, save_reference
-from runtime.verify.store_layout import METRIC_VERSION, ModelRun, OnInput, RunOptions
+from runtime.verify.store_layout import METRIC_VERSION, ModelRun, OnPart, RunOptions
 from runtime.verify.streamed import compare_streamed, stream_one
 from runtime.verify.tokens import EncodedText
 from runtime.verify.windows import plan_windows
@@ -37,9 +42,9 @@ def text(stride: int | None = None, length: int = 32) -> EncodedText:
     return EncodedText(TOKEN_IDS, plan_windows(len(TOKEN_IDS), context_length=length, stride=stride))
 
 
-def run(folder: Path, text: EncodedText, options: RunOptions, on_input: OnInput | None = None) -> ModelRun:
+def run(folder: Path, text: EncodedText, options: RunOptions, on_part: OnPart | None = None) -> ModelRun:
     assert isinstance(options, StreamOptions)
-    found = stream_one(folder, text, options, on_input)
+    found = stream_one(folder, text, options, on_part)
     return ModelRun(found.final_hidden_RD, found.routing_ids, found.norms)
 
 
@@ -125,7 +130,7 @@ def test_what_is_stored_is_what_the_model_says(source, path):
     model = load_model(source, EngineConfig(dtype="float32"), with_mtp=False).model
     told: dict[int, torch.Tensor] = {}
     for index, layer in enumerate(model.decoder_layers):
-        layer.register_forward_pre_hook(lambda _, inputs, index=index: told.__setitem__(index, inputs[0][0]))
+        layer.self_attn.register_forward_hook(lambda *call, index=index: told.__setitem__(index, call[-1][0]))
     with StoredReference.open(path) as stored:
         assert stored.text == text()
         assert stored.facts == facts
@@ -141,11 +146,20 @@ def test_what_is_stored_is_what_the_model_says(source, path):
         assert torch.equal(ids[31:62, 0].long(), log_p.argmax(-1))
         torch.testing.assert_close(logprobs[31:62].exp().sum(-1), torch.ones(31), rtol=0, atol=1e-5)
         assert {layer: ids.shape for layer, ids in stored.routing_ids().items()} == {1: (90, 2), 2: (90, 2)}
-        assert stored.has_inputs
-        for layer, inputs in told.items():
-            assert torch.equal(stored.layer_input(layer, 32, 64)[0], inputs[0].bfloat16())
-            assert len(stored.norms(layer)) == 90
-        torch.testing.assert_close(stored.norms(0)[32:64], told[1].norm(dim=-1), rtol=1e-5, atol=0)
+        kept = stored.layers(EngineConfig(dtype="float32"))
+        embedding = model.model.embed_tokens.weight
+        assert torch.equal(kept.embedded(32, 64), embedding[torch.tensor(TOKEN_IDS[32:64])])
+        for layer, output in told.items():
+            torch.testing.assert_close(kept.attention(layer, 32, 64), output, rtol=1e-5, atol=1e-5)
+            module = model.decoder_layers[layer]
+            assert torch.equal(kept.mlp_norm(layer).weight, module.post_attention_layernorm.weight)
+            assert kept.mlp_norm(layer).eps == module.post_attention_layernorm.eps
+        states = kept.embedded(32, 64) + kept.attention(0, 32, 64) + kept.mlp(0, 32, 64)
+        torch.testing.assert_close(stored.norms(0)[32:64], states.norm(dim=-1), rtol=1e-5, atol=0)
+        routing = kept.routing(1, 32, 64)
+        assert torch.equal(routing.topk_ids_TK, stored.routing_ids()[1][32:64])
+        scores = routing.router_logits_TE.sigmoid() + kept.bias(1)
+        assert torch.equal(scores.topk(2).indices, routing.topk_ids_TK)
 
 
 def test_the_file_is_safetensors_and_appears_only_when_complete(source, path):
@@ -300,3 +314,121 @@ def test_another_safetensors_file_is_refused(source):
     file = next(source.glob("*.safetensors"))
     with pytest.raises(InputError, match="another safetensors file"):
         StoredReference.open(file)
+
+
+WITH_LAYERS = replace(OPTIONS, levels=frozenset({LAYERS, LOGITS}))
+
+
+def replayed(path: Path, candidate: Path, options: StreamOptions = WITH_LAYERS) -> ModelComparison:
+    with StoredReference.open(path) as stored, planned_replay(stored, candidate, options) as job:
+        return job.run().models
+
+
+@pytest.mark.parametrize("deterministic", [False, True], ids=["fast", "deterministic"])
+@pytest.mark.parametrize("length", [32, 8], ids=["one chunk", "windows"])
+def test_layers_beside_a_reference_have_the_figures_of_the_source(source, candidate, path, deterministic, length):
+    options = replace(WITH_LAYERS, deterministic=deterministic)
+    save_reference(path, source, text(length=length), options, run, with_inputs=True)
+    found = replayed(path, candidate, options)
+    direct = compare_streamed(source, candidate, text(length=length), options)
+    assert [replace(layer, experts=()) for layer in direct.layers] == list(found.layers)
+    assert [len(layer.experts) for layer in direct.layers] == [0, 4, 4]
+    assert found.ends == direct.ends
+    assert found.summary == direct.summary
+    assert max(layer.mlp.relative for layer in found.layers) > 1
+
+
+def test_layers_beside_a_reference_in_chunks_of_a_window(source, candidate, path, monkeypatch):
+    monkeypatch.setattr("runtime.streaming.layer.CHUNK_TOKENS", 9)
+    save_reference(path, source, text(), OPTIONS, run, with_inputs=True)
+    direct = compare_streamed(source, candidate, text(), WITH_LAYERS)
+    assert [replace(layer, experts=()) for layer in direct.layers] == list(replayed(path, candidate).layers)
+
+
+def test_layers_alone_beside_a_reference_score_no_predictions(source, path):
+    save_reference(path, source, text(), OPTIONS, run, with_inputs=True)
+    found = replayed(path, source, replace(OPTIONS, levels=frozenset({LAYERS})))
+    assert (found.tokens, found.summary, len(found.layers)) == (None, None, 3)
+    assert {layer.mlp.relative for layer in found.layers} == {layer.attention.relative for layer in found.layers} == {0}
+
+
+@pytest.mark.parametrize(
+    ("role", "part"),
+    [
+        (Role.EMBEDDING, "embedding"),
+        (Role.HEAD, "head"),
+        (Role.SHARED_EXPERT, "layer 1 MoE"),
+        (Role.ROUTER, "layer 1 router"),
+    ],
+)
+def test_a_fault_is_named_beside_a_reference_as_beside_its_source(source, tmp_path, path, role, part):
+    candidate = damaged(tmp_path / "candidate", source, role)
+    options = replace(OPTIONS, levels=frozenset({LAYERS}))
+    save_reference(path, source, text(), OPTIONS, run, with_inputs=True, with_head=True)
+    for found in (replayed(path, candidate, options), compare_streamed(source, candidate, text(), options)):
+        report = build_report((source, candidate), "cast", Levels(layers=found), PROFILES["cast"])
+        assert report.verdict == "fail"
+        assert report.reasons[0].startswith(part)
+        scaled = {Role.EMBEDDING: found.ends.embedding, Role.HEAD: found.ends.head}
+        # four times a value is three times itself away from it
+        assert [error.relative for name, error in scaled.items() if name is role] in ([], [pytest.approx(3)])
+
+
+def test_a_final_norm_that_is_off_is_named(source, tmp_path, path):
+    tensors = read_tensors(source)
+    tensors["model.norm.weight"] = tensors["model.norm.weight"] * 1.02
+    candidate = write_checkpoint(tmp_path / "candidate", tensors, small_config())
+    options = replace(OPTIONS, levels=frozenset({LAYERS}))
+    save_reference(path, source, text(), OPTIONS, run, with_inputs=True)
+    for found in (replayed(path, candidate, options), compare_streamed(source, candidate, text(), options)):
+        report = build_report((source, candidate), "fp8", Levels(layers=found), PROFILES["fp8"])
+        (reason,) = report.reasons
+        assert reason.startswith("final norm: relative error 0.02")
+
+
+def test_layers_that_were_not_kept_are_refused_by_name(source, candidate, path):
+    save_reference(path, source, text(), OPTIONS, run)
+    with pytest.raises(UsageError) as caught:
+        replayed(path, candidate)
+    assert str(caught.value) == (
+        f"--reference {path}: expected one with its layers, to compare layers with, found one without. "
+        "Save it again with --save-inputs, or take --level logits."
+    )
+
+
+@pytest.mark.parametrize("name", ["mlp.1", "router_bias.2", "norm_eps"])
+def test_layers_that_are_damaged_are_refused_by_name(source, candidate, path, name):
+    save_reference(path, source, text(), OPTIONS, run, with_inputs=True)
+    tensors = load_file(path)
+    tensors[name] = tensors[name][:0].clone()
+    save_file(tensors, path)
+    with pytest.raises(InputError, match=f"{name}: expected F"):
+        replayed(path, candidate)
+
+
+def test_a_head_that_is_nowhere_is_missed_before_the_run(source, tmp_path, path, monkeypatch):
+    candidate = damaged(tmp_path / "candidate", source, Role.HEAD)
+    save_reference(path, source, text(), OPTIONS, run, with_inputs=True)
+    monkeypatch.setattr("runtime.verify.replayed.Stream", None)
+    with pytest.raises(InputError, match="expected the head of the reference"):
+        replayed(path, candidate)
+
+
+def test_a_nan_beside_kept_layers_is_placed(source, tmp_path, path):
+    candidate = damaged(tmp_path / "candidate", source, Role.SHARED_EXPERT, math.nan)
+    save_reference(path, source, text(), OPTIONS, run, with_inputs=True)
+    first = next(layer for layer in replayed(path, candidate).layers if layer.first_non_finite)
+    assert (first.layer, first.first_non_finite) == (1, "candidate: MLP output, token 0")
+
+
+@pytest.mark.parametrize("levels", [{LAYERS}, {LAYERS, LOGITS}], ids=["layers", "both"])
+def test_hidden_states_beside_kept_layers_may_lie_on_disk(source, candidate, path, levels):
+    save_reference(path, source, text(), OPTIONS, run, with_inputs=True)
+    options = replace(OPTIONS, levels=frozenset(levels))
+    with StoredReference.open(path) as stored:
+        with planned_replay(stored, candidate, options) as job:
+            peak = job.memory.peak_bytes
+        with planned_replay(stored, candidate, replace(options, max_memory=peak - 1)) as job:
+            assert job.memory.hidden_on_disk
+            found, expected = job.run().models, replayed(path, candidate, options)
+    assert (found.layers, found.ends, found.summary) == (expected.layers, expected.ends, expected.summary)

@@ -14,19 +14,10 @@ from converters.errors import InputError, ResourceError, UsageError
 from converters.findings import Severity
 from runtime.engine.tokenizer import Tokenizer
 from runtime.verify import text_level
-from runtime.verify.text_level import (
-    PROMPTS,
-    Answer,
-    TextOptions,
-    TextResult,
-    check_memory,
-    check_text,
-    encode_prompt,
-    find_difference,
-    is_loop,
-    judge_answers,
-    tool_calls,
-)
+from runtime.verify.text_answers import Answer, is_loop, tool_calls
+from runtime.verify.text_level import check_memory, check_text
+from runtime.verify.text_prompts import PROMPTS, encode_prompt
+from runtime.verify.text_results import TextOptions, TextResult, find_difference, judge_answers
 
 SHORT = TextOptions(max_tokens=12)
 TWO = PROMPTS[1:3]
