@@ -12,13 +12,19 @@ from runtime.moe.plan import BACKENDS, BATCHED, CUTLASS, TRITON, VANILLA
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 DEVICES = ("cpu", "cuda")
 AUTO = "auto"
+TORCH = "torch"
+FP8 = "fp8"
 MOE_BACKENDS = (AUTO, *BACKENDS)
+KERNELS = (AUTO, TORCH, TRITON)
+KV_CACHE_DTYPES = (AUTO, FP8)
 ON, OFF = "on", "off"
 FUSED_SHARED_EXPERTS = (AUTO, ON, OFF)
 # torch's grouped product is written for it and later
 _CUTLASS_CAPABILITY = (8, 0)
 # what the kernels are compiled and tested for
 _TRITON_CAPABILITY = (9, 0)
+# matrix units that multiply NVFP4 codes
+_FP4_CAPABILITY = (10, 0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,9 +32,12 @@ class EngineConfig:
     """Choices of one run.
 
     Args:
-        dtype: of activations, unquantized weights and KV cache; router, norms, softmax and logits are fp32 in any case.
+        dtype: of activations and unquantized weights; router, norms, softmax and logits are fp32 in any case.
         device: where the model lives.
         moe_backend: what multiplies the experts; auto = what suits device, scheme and rows per expert.
+        kernels: what norms, turns heads, attends and samples: torch, or our kernels over a paged KV cache; auto = what
+            suits device and dtype.
+        kv_cache_dtype: of keys and values; auto = dtype; fp8 = E4M3 codes by the checkpoint's scales, 1 without them.
         fused_shared_experts: compute the shared expert as one of the experts; auto = where backend and schemes allow.
         moe_deterministic: what the experts add to a token does not depend on what it is batched with.
         activations: `full`: as they are; `as-served`: inputs of quantized layers are rounded as the checkpoint's config
@@ -40,6 +49,8 @@ class EngineConfig:
     dtype: str = "bfloat16"
     device: str = "cpu"
     moe_backend: str = VANILLA
+    kernels: str = TORCH
+    kv_cache_dtype: str = AUTO
     fused_shared_experts: str = AUTO
     moe_deterministic: bool = False
     activations: str = FULL
@@ -51,6 +62,8 @@ class EngineConfig:
         _require_one_of("dtype", self.dtype, tuple(DTYPES))
         _require_one_of("device", self.device, DEVICES)
         _require_one_of("moe_backend", self.moe_backend, MOE_BACKENDS)
+        _require_one_of("kernels", self.kernels, KERNELS)
+        _require_one_of("kv_cache_dtype", self.kv_cache_dtype, KV_CACHE_DTYPES)
         _require_one_of("fused_shared_experts", self.fused_shared_experts, FUSED_SHARED_EXPERTS)
         _require_one_of("activations", self.activations, ACTIVATIONS)
         _require_positive("prefill_chunk_tokens", self.prefill_chunk_tokens)
@@ -59,6 +72,8 @@ class EngineConfig:
         if self.device == "cuda" and not torch.cuda.is_available():
             raise UsageError("device 'cuda'", expected="a CUDA device", found="none", next_step="Use --device cpu.")
         self._check_moe()
+        if self.kernels == TRITON:
+            _require_triton("kernels", self.device, f"--kernels {TORCH}")
 
     def _check_moe(self) -> None:
         """Refuse what no model changes; what depends on the checkpoint is refused when it is planned."""
@@ -70,14 +85,8 @@ class EngineConfig:
         if self.moe_backend == VANILLA and self.fused_shared_experts == ON:
             found, others = "experts that run one after the other", f"{BATCHED}, {CUTLASS} or {TRITON}"
             raise UsageError(subject, expected=f"{others} with fused_shared_experts 'on'", found=found)
-        if self.moe_backend == TRITON and not supports_triton(self.device):
-            what = "the CPU" if self.device == "cpu" else torch.cuda.get_device_name()
-            raise UsageError(
-                subject,
-                expected="a GPU of compute capability 9.0 or later, or TRITON_INTERPRET=1",
-                found=what,
-                next_step=f"Use --moe-backend {BATCHED}.",
-            )
+        if self.moe_backend == TRITON:
+            _require_triton("moe_backend", self.device, f"--moe-backend {BATCHED}")
         if self.moe_backend == CUTLASS and not supports_cutlass(self.device, self.dtype):
             raise UsageError(
                 subject,
@@ -105,6 +114,13 @@ def supports_triton(device: str) -> bool:
     return device == "cuda" and torch.cuda.get_device_capability() >= _TRITON_CAPABILITY
 
 
+def multiplies_fp4(device: str) -> bool:
+    """Return whether the kernels multiply NVFP4 codes with each other: on Blackwell, or in triton's interpreter."""
+    if is_interpreted():
+        return True
+    return device == "cuda" and torch.cuda.get_device_capability() >= _FP4_CAPABILITY
+
+
 def resolve_dtype(name: str, checkpoint_dtype: str) -> str:
     """Return the dtype to compute in; auto = the checkpoint's own, float32 where that is float16."""
     if name != AUTO:
@@ -117,6 +133,16 @@ def resolve_device(name: str) -> str:
     if name != AUTO:
         return name
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _require_triton(field: str, device: str, instead: str) -> None:
+    if not supports_triton(device):
+        raise UsageError(
+            f"{field} {TRITON!r}",
+            expected="a GPU of compute capability 9.0 or later, or TRITON_INTERPRET=1",
+            found="the CPU" if device == "cpu" else torch.cuda.get_device_name(),
+            next_step=f"Use {instead}.",
+        )
 
 
 def _require_one_of(field: str, value: str, supported: tuple[str, ...]) -> None:

@@ -85,8 +85,22 @@ Examples:
     show_default=True,
     help="What multiplies the experts; auto takes what suits device and weights, and says why.",
 )
+@click.option(
+    "--kernels",
+    type=click.Choice(["auto", "torch", "triton"]),
+    default="auto",
+    show_default=True,
+    help="What norms, turns heads, attends and samples; auto takes what suits device and dtype, and says why.",
+)
+@click.option(
+    "--kv-cache-dtype",
+    type=click.Choice(["auto", "fp8"]),
+    default="auto",
+    show_default=True,
+    help="Of keys and values; auto takes that of compute, fp8 the checkpoint's scales.",
+)
 @output_options
-def command(output: Output, checkpoint: Path, dtype: str, device: str, moe_backend: str, **options: Any) -> None:
+def command(output: Output, checkpoint: Path, dtype: str, device: str, **options: Any) -> None:
     """Smoke test: run CKPT on a prompt and print what it says, as it says it."""
     from runtime.config import EngineConfig, resolve_device, resolve_dtype
     from runtime.engine.request import SamplingParams
@@ -96,7 +110,8 @@ def command(output: Output, checkpoint: Path, dtype: str, device: str, moe_backe
     names = ("max_tokens", "temperature", "top_p", "top_k", "seed")
     params = SamplingParams(**{name: options[name] for name in names})
     config = Glm4MoeConfig.from_folder(checkpoint)
-    how = EngineConfig(dtype=resolve_dtype(dtype, config.dtype), device=resolve_device(device), moe_backend=moe_backend)
+    choices = {name: options[name] for name in ("moe_backend", "kernels", "kv_cache_dtype")}
+    how = EngineConfig(dtype=resolve_dtype(dtype, config.dtype), device=resolve_device(device), **choices)
     tokenizer = Tokenizer.open(checkpoint)
     prompts = _encoded_prompts(tokenizer, config, how, options)
     engine = _load(output, checkpoint, how)

@@ -8,8 +8,9 @@ from converters.config import Glm4MoeConfig
 from converters.errors import UsageError
 from runtime.config import EngineConfig
 from runtime.engine.request import FinishReason, GeneratedToken, SamplingParams
-from runtime.engine.sampler import Sampler
+from runtime.engine.sampler import Sampler, token_of
 from runtime.model.decoder import CausalLM, new_cache
+from runtime.model.ops import LayerOps
 
 
 class Engine:
@@ -43,18 +44,20 @@ class Engine:
 
     def _generate(self, prompt_ids: Sequence[int], params: SamplingParams) -> Iterator[GeneratedToken]:
         capacity = min(len(prompt_ids) + params.max_tokens, self.max_context_tokens)
-        cache, sampler = new_cache(self.model, capacity), Sampler(params)
         device = self.model.model.embed_tokens.weight.device
+        cache = new_cache(self.model, capacity)
+        sampler = Sampler(params, self.model.ops or LayerOps.of_twins(), device)
         pending_1T = torch.tensor([list(prompt_ids)], device=device)
         for num_generated in range(1, params.max_tokens + 1):
             for chunk_1T in pending_1T.split(self.config.prefill_chunk_tokens, dim=1):
                 hidden_1TD = self.model(chunk_1T, cache=cache)
-            token_id = sampler.sample(self.model.logits(hidden_1TD[0, -1]))
+            ids_1 = sampler.draw(self.model.logits(hidden_1TD[:, -1]))
+            token_id = token_of(ids_1)
             reason = self._finish_reason(token_id, len(prompt_ids) + num_generated, params.max_tokens - num_generated)
             yield GeneratedToken(token_id, reason)
             if reason is not None:
                 return
-            pending_1T = torch.tensor([[token_id]], device=device)
+            pending_1T = ids_1[:, None]
 
     def _finish_reason(self, token_id: int, num_context_tokens: int, num_tokens_left: int) -> FinishReason | None:
         if token_id in self.end_token_ids:

@@ -13,6 +13,7 @@ from converters.errors import InputError
 from converters.formats.inputs import InputCode, InputScheme, input_scheme
 from converters.formats.weights import Coding, Use, WeightFormat
 from converters.source import Source
+from runtime.moe.workspace import Workspace
 
 _LARGEST = {InputCode.INT8: 127.0, InputCode.FP8: 448.0, InputCode.NVFP4: 6.0}
 
@@ -30,33 +31,53 @@ class InputQuantizer:
     scheme: InputScheme
     scale: float = 1.0
 
-    def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Return (..., I) in the dtype of `hidden`: the values of the codes that it is rounded to."""
-        code = self.scheme.code
-        values = hidden.to(torch.float32)
+    def __call__(self, hidden: torch.Tensor, workspace: Workspace | None = None) -> torch.Tensor:
+        """Return (..., I) in the dtype of `hidden`: the values of the codes that it is rounded to.
+
+        Args:
+            hidden: kept.
+            workspace: takes the result, and all that comes before it; None: new tensors.
+        """
+        buffers = workspace or Workspace(hidden.device)
+        code, shape = self.scheme.code, tuple(hidden.shape)
+        values = buffers.take("rounding", shape, torch.float32).copy_(hidden)
+        out = buffers.take("rounded", shape, hidden.dtype)
         if self.scheme.group is None:
-            return (_rounded(values / self.scale, code) * self.scale).to(hidden.dtype)
+            _round(values.div_(self.scale), code, buffers)
+            return out.copy_(values.mul_(self.scale))
         grouped = values.unflatten(-1, (-1, self.scheme.group or values.shape[-1]))
-        scale_G1 = grouped.abs().amax(-1, keepdim=True) / _LARGEST[code]
+        scale_G1 = buffers.take("rounding_scales", (*grouped.shape[:-1], 1), torch.float32)
+        # the largest magnitude, without a tensor of magnitudes
+        torch.linalg.vector_norm(grouped, float("inf"), -1, keepdim=True, out=scale_G1)
+        scale_G1.div_(_LARGEST[code])
         if self.scheme.is_static:
-            scale_G1 = _rounded(self.scale * scale_G1, InputCode.FP8) / self.scale
+            _round(scale_G1.mul_(self.scale), InputCode.FP8, buffers)
+            scale_G1.div_(self.scale)
         # where all is zero, any divisor will do
-        codes = _rounded(grouped / torch.where(scale_G1 == 0, 1.0, scale_G1), code)
-        return (codes * scale_G1).flatten(-2).to(hidden.dtype)
+        is_zero_G1 = torch.eq(scale_G1, 0, out=buffers.take("rounding_where", tuple(scale_G1.shape), torch.bool))
+        divisor_G1 = buffers.take("rounding_divisors", tuple(scale_G1.shape), torch.float32).copy_(scale_G1)
+        _round(grouped.div_(divisor_G1.masked_fill_(is_zero_G1, 1.0)), code, buffers)
+        grouped.mul_(scale_G1)
+        return out.copy_(values)
 
 
-def _rounded(values: torch.Tensor, code: InputCode) -> torch.Tensor:
-    """Return the nearest values that a code has, ties to even, saturating."""
-    largest = _LARGEST[code]
-    values = values.clamp(-largest, largest)
+def _round(values: torch.Tensor, code: InputCode, buffers: Workspace) -> None:
+    """Replace values by the nearest that a code has, ties to even, saturating."""
+    largest, shape = _LARGEST[code], tuple(values.shape)
+    values.clamp_(-largest, largest)
     match code:
         case InputCode.INT8:
-            return values.round()
+            values.round_()
         case InputCode.FP8:
-            return values.to(torch.float8_e4m3fn).to(torch.float32)
-    # E2M1 has steps of 0.5 up to 2, of 1 up to 4, of 2 up to 6
-    step = torch.where(values.abs() <= 2, 0.5, torch.where(values.abs() <= 4, 1.0, 2.0))
-    return (values / step).round() * step
+            values.copy_(buffers.take("rounding_codes", shape, torch.float8_e4m3fn).copy_(values))
+        case InputCode.NVFP4:
+            # E2M1 has steps of 0.5 up to 2, of 1 up to 4, of 2 up to 6
+            size = torch.abs(values, out=buffers.take("rounding_sizes", shape, torch.float32))
+            step = buffers.take("rounding_steps", shape, torch.float32)
+            is_above = buffers.take("rounding_above", shape, torch.bool)
+            step.fill_(0.5).masked_fill_(torch.gt(size, 2, out=is_above), 1.0)
+            step.masked_fill_(torch.gt(size, 4, out=is_above), 2.0)
+            values.div_(step).round_().mul_(step)
 
 
 def input_quantizers(source: Source) -> dict[str, InputQuantizer]:

@@ -9,8 +9,10 @@ from torch import nn
 
 from converters.config import Glm4MoeConfig
 from runtime.cache.kv_cache import LayerCache
+from runtime.kernels.ops.inputs import HeadNorms, KvPages
 from runtime.model.linear import Linear
 from runtime.model.norm import RMSNorm
+from runtime.model.ops import LayerOps
 from runtime.model.step import Step
 
 
@@ -26,13 +28,20 @@ class Attention(nn.Module):
         self.o_proj = Linear(config.q_size, config.hidden_size)
         self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.use_qk_norm else None
         self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.use_qk_norm else None
+        # None: torch, with keys and values in one block
+        self.ops: LayerOps | None = None
 
-    def forward(self, hidden_BTD: torch.Tensor, step: Step, cache: LayerCache | None) -> torch.Tensor:
+    def forward(self, hidden_BTD: torch.Tensor, step: Step, cache: LayerCache | KvPages | None) -> torch.Tensor:
         """Return (B, T, D); new keys and values go into the cache, if there is one."""
         heads = (-1, self.head_dim)
         query_BTHP = self.q_proj(hidden_BTD).unflatten(-1, heads)
         key_BTGP = self.k_proj(hidden_BTD).unflatten(-1, heads)
         value_BTGP = self.v_proj(hidden_BTD).unflatten(-1, heads)
+        if self.ops is not None:
+            assert not isinstance(cache, LayerCache), "kernels need pages"
+            mixed_THP = self._attend_pages(self.ops, (query_BTHP, key_BTGP, value_BTGP), step, cache)
+            return self.o_proj(mixed_THP.view(*hidden_BTD.shape[:2], -1))
+        assert not isinstance(cache, KvPages), "pages are for kernels"
         if self.q_norm is not None and self.k_norm is not None:
             query_BTHP, key_BTGP = self.q_norm(query_BTHP), self.k_norm(key_BTGP)
         query_BTHP, key_BTGP = step.rope.rotate(query_BTHP), step.rope.rotate(key_BTGP)
@@ -42,6 +51,20 @@ class Attention(nn.Module):
             key_BSGP, value_BSGP = cache.append(key_BTGP, value_BTGP)
         mixed_BTHP = attend(query_BTHP, key_BSGP, value_BSGP, visible_TS=step.visible_TS)
         return self.o_proj(mixed_BTHP.flatten(2))
+
+    def _attend_pages(
+        self, ops: LayerOps, heads: tuple[torch.Tensor, torch.Tensor, torch.Tensor], step: Step, pages: KvPages | None
+    ) -> torch.Tensor:
+        """Return (T, H, P) of all sequences, one after the other; new keys and values go into pages."""
+        query_THP, key_TGP, value_TGP = (part.flatten(0, 1) for part in heads)
+        norms, paged, rope = None, step.paged, step.rope
+        assert paged is not None, "kernels need pages"
+        if self.q_norm is not None and self.k_norm is not None:
+            norms = HeadNorms(self.q_norm.weight, self.k_norm.weight, self.q_norm.eps)
+        query_THP, key_TGP = ops.rope(query_THP, key_TGP, rope.cos_Tr, rope.sin_Tr, paged.angle_rows, norms=norms)
+        pages = paged.new_pages(key_TGP) if pages is None else pages
+        ops.write_pages(key_TGP, value_TGP, paged.slot_mapping, pages)
+        return ops.paged_attention(query_THP, pages, paged.batch, run_tokens=paged.run_tokens)
 
 
 def attend(

@@ -13,11 +13,14 @@ from torch import nn
 
 from converters.config import Glm4MoeConfig
 from runtime.cache.kv_cache import KVCache, KVShape, LayerCache
+from runtime.cache.paged_kv_cache import PagedKVCache
+from runtime.kernels.ops.inputs import KvPages
 from runtime.model.attention import Attention
 from runtime.model.linear import Linear, unfilled
 from runtime.model.mlp import GatedMlp
 from runtime.model.norm import RMSNorm
-from runtime.model.step import Step, build_step
+from runtime.model.ops import LayerOps
+from runtime.model.step import Step, next_step
 from runtime.moe.plan import VANILLA_PLAN, MoePlan
 from runtime.moe.router import RoutingObserver
 from runtime.moe.runner import MoE
@@ -55,13 +58,40 @@ class DecoderLayer(nn.Module):
         else:
             self.mlp = MoE(config, layer, plan)
 
-    def forward(self, hidden_BTD: torch.Tensor, step: Step, cache: LayerCache | None = None) -> torch.Tensor:
+    def forward(self, hidden_BTD: torch.Tensor, step: Step, cache: LayerCache | KvPages | None = None) -> torch.Tensor:
         """Return the hidden state (B, T, D) behind this layer."""
-        hidden_BTD = hidden_BTD + self.self_attn(self.input_layernorm(hidden_BTD), step, cache)
-        normed_BTD = self.post_attention_layernorm(hidden_BTD)
+        hidden_BTD, normed_BTD = self._attend(hidden_BTD, self.input_layernorm(hidden_BTD), step, cache)
         if isinstance(self.mlp, MoE):
             return hidden_BTD + self.mlp(normed_BTD, step.observer)
         return hidden_BTD + self.mlp(normed_BTD)
+
+    def forward_normed(
+        self,
+        hidden_BTD: torch.Tensor,
+        normed_BTD: torch.Tensor,
+        step: Step,
+        cache: LayerCache | KvPages | None,
+        following: RMSNorm,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the hidden state (B, T, D) behind this layer, and its norm, from one launch.
+
+        Args:
+            hidden_BTD: the hidden state in front of this layer.
+            normed_BTD: its norm by this layer's input_layernorm.
+            step: of the pass.
+            cache: of this layer.
+            following: the norm that comes next: of the layer behind this one, or the final one.
+        """
+        hidden_BTD, normed_BTD = self._attend(hidden_BTD, normed_BTD, step, cache)
+        if isinstance(self.mlp, MoE):
+            return self.mlp.forward_and_norm(normed_BTD, step.observer, hidden_BTD, following)
+        return following.add(hidden_BTD, self.mlp(normed_BTD))
+
+    def _attend(
+        self, hidden_BTD: torch.Tensor, normed_BTD: torch.Tensor, step: Step, cache: LayerCache | KvPages | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the hidden state in front of the MLP, and the norm of it."""
+        return self.post_attention_layernorm.add(hidden_BTD, self.self_attn(normed_BTD, step, cache))
 
 
 class Decoder(nn.Module):
@@ -87,6 +117,22 @@ class CausalLM(nn.Module):
         self.config = config
         self.model = Decoder(config, plan)
         self.lm_head = Linear(config.hidden_size, config.vocab_size)
+        self.ops: LayerOps | None = None
+        self.kv_scales_L2: torch.Tensor | None = None
+
+    def use(self, ops: LayerOps | None, kv_scales_L2: torch.Tensor | None = None) -> None:
+        """Have all layers, the MTP layer too, run on kernels or their twins.
+
+        Args:
+            ops: None: torch code over keys and values in one block.
+            kv_scales_L2: fp32 (L, 2), what multiplies the codes of keys and of values in each layer, the MTP layer's
+                last; None: they are stored in the dtype of compute. Needs ops.
+        """
+        assert ops is not None or kv_scales_L2 is None, "codes are kept in pages"
+        self.ops, self.kv_scales_L2 = ops, kv_scales_L2
+        for module in self.modules():
+            if isinstance(module, RMSNorm | Attention):
+                module.ops = ops
 
     @property
     def decoder_layers(self) -> Sequence[DecoderLayer]:
@@ -98,7 +144,11 @@ class CausalLM(nn.Module):
         return self.model.embed_tokens(token_ids_BT)
 
     def forward(
-        self, token_ids_BT: torch.Tensor, *, cache: KVCache | None = None, observer: RoutingObserver | None = None
+        self,
+        token_ids_BT: torch.Tensor,
+        *,
+        cache: KVCache | PagedKVCache | None = None,
+        observer: RoutingObserver | None = None,
     ) -> torch.Tensor:
         """Return the hidden state (B, T, D) behind the final norm; feed it to `logits`.
 
@@ -107,22 +157,39 @@ class CausalLM(nn.Module):
             cache: holds earlier tokens and takes up these; None = these are all.
             observer: called once per MoE layer.
         """
-        hidden_BTD, num_tokens = self.embed(token_ids_BT), token_ids_BT.shape[1]
-        start = 0 if cache is None else cache.length
-        step = build_step(self.config, num_tokens, start=start, device=hidden_BTD.device, observer=observer)
-        for index, layer in enumerate(self.decoder_layers):
-            hidden_BTD = layer(hidden_BTD, step, None if cache is None else cache.layer(index))
+        hidden_BTD = self.embed(token_ids_BT)
+        step = next_step(self.config, hidden_BTD, cache, is_paged=self.ops is not None, observer=observer)
+        caches = [None if cache is None else cache.layer(index) for index in range(self.config.num_hidden_layers)]
+        if self.ops is None:
+            for layer, part in zip(self.decoder_layers, caches, strict=True):
+                hidden_BTD = layer(hidden_BTD, step, part)
+            normed_BTD = self.model.norm(hidden_BTD)
+        else:
+            normed_BTD = self._run_normed(hidden_BTD, step, caches)
         if cache is not None:
-            cache.advance(num_tokens)
-        return self.model.norm(hidden_BTD)
+            cache.advance(token_ids_BT.shape[1])
+        return normed_BTD
+
+    def _run_normed(
+        self, hidden_BTD: torch.Tensor, step: Step, caches: Sequence[LayerCache | KvPages | None]
+    ) -> torch.Tensor:
+        """Return the hidden state behind the final norm; each layer ends with the norm of the next."""
+        layers = self.decoder_layers
+        norms = [*(layer.input_layernorm for layer in layers), self.model.norm]
+        normed_BTD = norms[0](hidden_BTD)
+        for layer, part, following in zip(layers, caches, norms[1:], strict=True):
+            hidden_BTD, normed_BTD = layer.forward_normed(hidden_BTD, normed_BTD, step, part, following)
+        return normed_BTD
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Return the logits (..., V) fp32 of normed hidden states (..., D); pass only the positions you need."""
         return self.lm_head.forward_fp32(hidden)
 
 
-def new_cache(model: CausalLM, capacity_tokens: int, *, batch_size: int = 1, num_layers: int | None = None) -> KVCache:
-    """Return an empty cache that fits the model; `num_layers` = 1 for the MTP layer's own."""
+def new_cache(
+    model: CausalLM, capacity_tokens: int, *, batch_size: int = 1, num_layers: int | None = None
+) -> KVCache | PagedKVCache:
+    """Return an empty cache that fits the model and what it runs on; `num_layers` = 1 for the MTP layer's own."""
     config, weight = model.config, model.model.embed_tokens.weight
     shape = KVShape(
         num_layers=config.num_hidden_layers if num_layers is None else num_layers,
@@ -131,4 +198,9 @@ def new_cache(model: CausalLM, capacity_tokens: int, *, batch_size: int = 1, num
         num_key_value_heads=config.num_key_value_heads,
         head_dim=config.head_dim,
     )
-    return KVCache(shape, weight.dtype, str(weight.device))
+    if model.ops is None:
+        return KVCache(shape, weight.dtype, str(weight.device))
+    scales_L2 = model.kv_scales_L2
+    if scales_L2 is not None:
+        scales_L2 = scales_L2[: shape.num_layers] if num_layers is None else scales_L2[-num_layers:]
+    return PagedKVCache(shape, weight.dtype, weight.device, scales_L2=scales_L2)

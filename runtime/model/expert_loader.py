@@ -8,16 +8,18 @@ from torch import nn
 
 from converters.checkpoint.plan import Unit
 from converters.checkpoint.reader import CheckpointReader
-from converters.errors import UsageError
+from converters.errors import InputError, UsageError
 from converters.formats.inputs import AS_SERVED, InputScheme, input_scheme
 from converters.formats.weights import Coding
 from converters.official import OfficialTensors, read_bytes, read_unit
 from converters.schema import Role, Tensor
 from converters.source import Source
 from runtime.config import EngineConfig
+from runtime.model.activations import InputQuantizer
 from runtime.model.expert_plan import StoredExperts, plain_scheme, plan_experts, scheme_of
+from runtime.model.linear import Linear
 from runtime.model.mlp import GatedMlp
-from runtime.moe.experts import LocalExperts
+from runtime.moe.experts import CalibratedInputs, LocalExperts
 from runtime.moe.packing import ExpertPacker, Matrix, Sizes
 from runtime.moe.plan import VANILLA, VANILLA_PLAN, MoePlan
 from runtime.moe.runner import MoE
@@ -110,9 +112,13 @@ class ExpertLoader:
         moe = self._modules[layer]
         first = moe.experts[0]
         assert isinstance(first, GatedMlp), first
-        rounding = first.gate_proj.quantize_input, first.down_proj.quantize_input
-        multiplies = self.plan.layers[layer].multiplies_codes
-        moe.load(LocalExperts(packer.weights(), *rounding, multiplies_codes=multiplies), self._workspace)
+        rounding = _rounding(first.gate_proj), _rounding(first.down_proj)
+        multiplies, weights = self.plan.layers[layer].multiplies_codes, packer.weights()
+        if multiplies and weights.scheme is ExpertScheme.NVFP4:
+            calibrated = _calibrated(moe, weights.num_experts, weights.device)
+            moe.load(LocalExperts(weights, multiplies_codes=True, calibrated=calibrated), self._workspace)
+            return
+        moe.load(LocalExperts(weights, *rounding, multiplies_codes=multiplies), self._workspace)
 
     def _survey(self, source: Source, official: OfficialTensors, *, with_mtp: bool) -> dict[int, list[_Stored]]:
         plain, layers = plain_scheme(self._engine), dict[int, list[_Stored]]()
@@ -156,6 +162,37 @@ class ExpertLoader:
             fuse = tensor.spec.fuse
             matrix = Matrix.DOWN if fuse is None else Matrix(fuse.position)
             self._places[tensor.name] = _Place(layer, expert, matrix, units, divides)
+
+
+def _rounding(linear: Linear) -> InputQuantizer | None:
+    """Return what happens to the inputs of a layer."""
+    found = linear.quantize_input
+    assert found is None or isinstance(found, InputQuantizer), found
+    return found
+
+
+def _calibrated(moe: MoE, num_experts: int, device: torch.device) -> tuple[CalibratedInputs, CalibratedInputs]:
+    """Return the scales of the inputs of gate and up, and of down, of each expert.
+
+    Raises:
+        InputError: gate and up of an expert have different ones.
+    """
+    factors: dict[Matrix, list[float]] = {matrix: [] for matrix in Matrix}
+    for expert, mlp in enumerate([*moe.experts, moe.shared_experts][:num_experts]):
+        assert isinstance(mlp, GatedMlp), mlp
+        for matrix, linear in zip(Matrix, (mlp.gate_proj, mlp.up_proj, mlp.down_proj), strict=True):
+            rounding = _rounding(linear)
+            assert rounding is not None, linear
+            factors[matrix].append(rounding.scale)
+        gate, up = (factors[matrix][-1] for matrix in (Matrix.GATE, Matrix.UP))
+        if gate != up:
+            raise InputError(
+                f"expert {expert} of layer {moe.gate.layer}",
+                expected="one calibrated scale for the inputs of gate and up",
+                found=f"{gate} and {up}",
+                next_step=f"Use --moe-backend {VANILLA}.",
+            )
+    return CalibratedInputs.of(factors[Matrix.UP], device), CalibratedInputs.of(factors[Matrix.DOWN], device)
 
 
 def unit_bytes(reader: CheckpointReader, units: tuple[Unit, ...]) -> int:

@@ -3,11 +3,13 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
+
 from converters.config import Glm4MoeConfig
 from converters.errors import UsageError
 from converters.formats.inputs import InputCode, InputScheme
 from converters.formats.weights import WHOLE, Coding, Use, WeightFormat
-from runtime.config import OFF, ON, EngineConfig, supports_cutlass, supports_triton
+from runtime.config import OFF, ON, EngineConfig, multiplies_fp4, supports_cutlass, supports_triton
 from runtime.moe.grouped import ALIGNMENT_BYTES
 from runtime.moe.plan import AUTO, BATCHED, CUTLASS, TRITON, VANILLA, VANILLA_PLAN, LayerPlan, MoePlan
 from runtime.moe.weights import BLOCK, GROUP, PLAIN_DTYPES, ExpertScheme
@@ -19,6 +21,8 @@ _CODE_INPUTS = {
     ExpertScheme.FP8_BLOCK: InputScheme(InputCode.FP8, BLOCK),
     ExpertScheme.INT8_CHANNEL: InputScheme(InputCode.INT8),
 }
+# one for each expert, below a scale that was calibrated
+_FP4_INPUTS = InputScheme(InputCode.NVFP4, GROUP, is_static=True)
 _NVFP4_CODINGS = (Coding.NVFP4_DIVISOR, Coding.NVFP4_FACTOR)
 
 
@@ -42,6 +46,11 @@ class StoredExperts:
     def is_static(self) -> bool:
         """Whether inputs are rounded by calibrated scales, which each expert has its own of."""
         return any(scheme is not None and scheme.is_static for scheme in self.inputs)
+
+    @property
+    def is_fp4(self) -> bool:
+        """Whether NVFP4 codes of inputs may be multiplied with those of weights."""
+        return self.routed is ExpertScheme.NVFP4 and self.inputs == {_FP4_INPUTS}
 
 
 def scheme_of(found: WeightFormat, plain: ExpertScheme) -> ExpertScheme | None:
@@ -81,7 +90,7 @@ def plan_experts(stored: Mapping[int, StoredExperts], config: Glm4MoeConfig, eng
     if backend == VANILLA:
         _refuse_vanilla(engine, why)
         return MoePlan(notes=tuple(notes)) if notes else VANILLA_PLAN
-    _check_inputs(stored, backend)
+    _check_inputs(stored, backend, engine)
     _check_alignment(config, engine, backend)
     layers = {
         layer: _layer_plan(found, backend, engine, num_shared=_num_shared(layer, found, config, engine))
@@ -94,7 +103,8 @@ def _choose(stored: Mapping[int, StoredExperts], config: Glm4MoeConfig, engine: 
     """Return a backend, and why."""
     rows = engine.prefill_chunk_tokens * config.num_experts_per_tok / config.n_routed_experts
     many = f"{rows:.3g} rows for each expert of a prefill chunk"
-    if any(found.is_static for found in stored.values()):
+    is_fp4_taken = engine.device != "cpu" and engine.dtype == "bfloat16" and multiplies_fp4(engine.device)
+    if any(found.is_static and not (found.is_fp4 and is_fp4_taken) for found in stored.values()):
         return VANILLA, "inputs are rounded by scales that each expert has its own of"
     if engine.device == "cpu":
         if engine.moe_deterministic or engine.fused_shared_experts == ON:
@@ -119,15 +129,27 @@ def _refuse_vanilla(engine: EngineConfig, why: str) -> None:
         )
 
 
-def _check_inputs(stored: Mapping[int, StoredExperts], backend: str) -> None:
+def _check_inputs(stored: Mapping[int, StoredExperts], backend: str, engine: EngineConfig) -> None:
     for layer, found in stored.items():
-        if found.is_static or len(found.inputs) > 1:
+        if found.is_fp4 and backend == TRITON:
+            _check_fp4(backend, engine)
+        elif found.is_static or len(found.inputs) > 1:
             raise UsageError(
                 f"moe_backend {backend!r}",
                 expected=f"inputs of all experts of layer {layer} rounded alike, without calibrated scales",
                 found=" and ".join(sorted("as they are" if one is None else one.label for one in found.inputs)),
                 next_step=f"Use --moe-backend {VANILLA}, or take activations as they are.",
             )
+
+
+def _check_fp4(backend: str, engine: EngineConfig) -> None:
+    if not multiplies_fp4(engine.device):
+        raise UsageError(
+            f"moe_backend {backend!r}",
+            expected="a GPU of compute capability 10.0 or later, for inputs in NVFP4",
+            found=torch.cuda.get_device_name(),
+            next_step=f"Use --moe-backend {VANILLA}, or take activations as they are.",
+        )
 
 
 def _check_alignment(config: Glm4MoeConfig, engine: EngineConfig, backend: str) -> None:
@@ -154,6 +176,9 @@ def _layer_plan(found: StoredExperts, backend: str, engine: EngineConfig, *, num
     """Return the scheme that a layer's experts have in memory, and whether it is multiplied as it is."""
     scheme, plain = found.routed, plain_scheme(engine)
     (inputs,) = found.inputs
+    if found.is_fp4:
+        # other backends were refused
+        return LayerPlan(ExpertScheme.NVFP4, num_shared, multiplies_codes=True)
     if scheme is None or scheme.is_plain:
         return LayerPlan(plain, num_shared)
     multiplies = inputs is not None and inputs == _CODE_INPUTS.get(scheme)

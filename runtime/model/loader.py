@@ -20,12 +20,14 @@ from converters.layout import Place
 from converters.official import OfficialTensors, read_bytes, read_unit, scale_name
 from converters.schema import MTP_COPIES, Role, Tensor
 from converters.source import Source, open_source
-from runtime.config import EngineConfig
+from runtime.cache.kv_scales import read_kv_scales
+from runtime.config import FP8, EngineConfig
 from runtime.model.activations import input_quantizers
 from runtime.model.decoder import CausalLM
 from runtime.model.expert_loader import ExpertLoader, unit_bytes
 from runtime.model.linear import Linear
 from runtime.model.mtp import MtpLayer
+from runtime.model.ops import plan_ops
 
 # the router decides in fp32
 _FP32_ROLES = frozenset({Role.ROUTER, Role.ROUTER_BIAS})
@@ -80,7 +82,7 @@ class ModelLoader:
         with_mtp: include the MTP layer, if the checkpoint has it.
     Raises:
         InputError: a tensor is quantized that no linear layer has.
-        UsageError: a tensor is stored in parts that do not go together.
+        UsageError: a tensor is stored in parts that do not go together, or kernels were asked for that cannot run it.
     """
 
     def __init__(self, source: Source, engine: EngineConfig, *, with_mtp: bool = True) -> None:
@@ -94,6 +96,9 @@ class ModelLoader:
         self.mtp = MtpLayer(source.config, plan) if with_mtp and self.schema.has_mtp else None
         if self.mtp is not None:
             self.model.model.layers.append(self.mtp)
+        ops = plan_ops(source.config, engine)
+        kv_scales_L2, scale_notes = read_kv_scales(source) if engine.kv_cache_dtype == FP8 else (None, ())
+        self.model.use(ops.ops, kv_scales_L2)
         self._modules = dict(self.model.named_modules())
         self._experts.bind(self._modules)
         # each parameter with the tensor that it is, or whose scale it is; without a unit it is zero
@@ -105,7 +110,7 @@ class ModelLoader:
         self.parameter_names = tuple(name for name, _ in self.model.named_parameters())
         assert set(self.parameter_names) == self._tensors.keys(), "a parameter or a tensor without its counterpart"
         self.notes = source.notes
-        self.choices = plan.notes
+        self.choices = (*plan.notes, *ops.notes, *scale_notes)
         self._by_layer: dict[int | None, list[str]] = {}
         for name in self.parameter_names:
             self._by_layer.setdefault(self._tensors[name].layer, []).append(name)

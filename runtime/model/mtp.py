@@ -11,10 +11,11 @@ from torch import nn
 
 from converters.config import Glm4MoeConfig
 from runtime.cache.kv_cache import KVCache
+from runtime.cache.paged_kv_cache import PagedKVCache
 from runtime.model.decoder import CausalLM, DecoderLayer
 from runtime.model.linear import Linear
 from runtime.model.norm import RMSNorm
-from runtime.model.step import build_step
+from runtime.model.step import next_step
 from runtime.moe.plan import MoePlan
 from runtime.moe.router import RoutingObserver
 
@@ -46,7 +47,7 @@ class MtpLayer(DecoderLayer):
         embedding_BTD: torch.Tensor,
         hidden_BTD: torch.Tensor,
         *,
-        cache: KVCache | None = None,
+        cache: KVCache | PagedKVCache | None = None,
         observer: RoutingObserver | None = None,
     ) -> torch.Tensor:
         """Return (B, T, D) behind the layer's norm; the main head turns position t into logits for x_{t+2}.
@@ -59,12 +60,11 @@ class MtpLayer(DecoderLayer):
         """
         # embedding first, hidden second; some other families have it the other way round
         joined = torch.cat([self.enorm(embedding_BTD), self.hnorm(hidden_BTD)], dim=-1)
-        num_tokens = hidden_BTD.shape[1]
-        start = 0 if cache is None else cache.length
-        step = build_step(self.config, num_tokens, start=start, device=hidden_BTD.device, observer=observer)
+        is_paged = self.self_attn.ops is not None
+        step = next_step(self.config, hidden_BTD, cache, is_paged=is_paged, observer=observer)
         out_BTD = self(self.eh_proj(joined), step, None if cache is None else cache.layer(0))
         if cache is not None:
-            cache.advance(num_tokens)
+            cache.advance(hidden_BTD.shape[1])
         return self.shared_head.norm(out_BTD)
 
 

@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 from runtime.model.linear import unfilled
+from runtime.model.ops import LayerOps
 
 
 class RMSNorm(nn.Module):
@@ -18,10 +19,23 @@ class RMSNorm(nn.Module):
         super().__init__()
         self.weight = unfilled(size)
         self.eps = eps
+        # None: torch
+        self.ops: LayerOps | None = None
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """Normalize (..., size): fp32, rounded to the dtype of `hidden`, then multiplied by the weight."""
+        if self.ops is not None:
+            return self.ops.rms_norm(hidden.contiguous(), self.weight, self.eps)
         wide = hidden.to(torch.float32)
         wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
         # the rounding comes before the weight: HF and the serving engines agree on this order
         return wide.to(hidden.dtype) * self.weight
+
+    def add(self, hidden: torch.Tensor, added: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return hidden + added (..., size), rounded to their dtype, and the norm of that; None adds nothing."""
+        if added is None:
+            return hidden, self(hidden)
+        if self.ops is not None:
+            return self.ops.add_rms_norm(added.contiguous(), hidden.contiguous(), self.weight, self.eps)
+        hidden = hidden + added
+        return hidden, self(hidden)

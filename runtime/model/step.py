@@ -1,6 +1,6 @@
 """What all layers of one forward pass share.
 
-Shapes: T tokens of this pass, S = earlier tokens + T.
+Shapes: B sequences, T tokens of this pass of each, S = earlier tokens + T.
 """
 
 from dataclasses import dataclass
@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 
 from converters.config import Glm4MoeConfig
+from runtime.cache.kv_cache import KVCache
+from runtime.cache.paged_kv_cache import PagedKVCache, PagedStep, PageTable
 from runtime.model.rope import Rope, build_rope
 from runtime.moe.router import RoutingObserver
 
@@ -20,11 +22,13 @@ class Step:
         rope: angles of the T new positions.
         visible_TS: bool (T, S), which keys a query sees; None = all of them.
         observer: called with each MoE layer's routing.
+        paged: where keys and values of this pass go, for kernels.
     """
 
     rope: Rope
     visible_TS: torch.Tensor | None
     observer: RoutingObserver | None = None
+    paged: PagedStep | None = None
 
 
 def build_step(
@@ -42,3 +46,23 @@ def build_step(
         return Step(rope, None, observer)
     keys_S = torch.arange(start + num_tokens, device=device)
     return Step(rope, keys_S <= positions_T[:, None], observer)
+
+
+def next_step(
+    config: Glm4MoeConfig,
+    hidden_BTD: torch.Tensor,
+    cache: KVCache | PagedKVCache | None,
+    *,
+    is_paged: bool,
+    observer: RoutingObserver | None = None,
+) -> Step:
+    """Return the step of the tokens that follow those in a cache; `is_paged`: for kernels, also without a cache."""
+    batch_size, num_tokens = hidden_BTD.shape[:2]
+    if not is_paged:
+        assert not isinstance(cache, PagedKVCache), "pages are for kernels"
+        start = 0 if cache is None else cache.length
+        return build_step(config, num_tokens, start=start, device=hidden_BTD.device, observer=observer)
+    assert not isinstance(cache, KVCache), "kernels need pages"
+    # without a cache, these tokens are all
+    paged = (cache or PageTable.empty(batch_size, num_tokens, hidden_BTD.device)).step(num_tokens)
+    return Step(build_rope(paged.positions_T, config.rotary_dim, config.rope_theta), None, observer, paged)

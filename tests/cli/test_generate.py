@@ -113,6 +113,24 @@ def test_generate_refuses_a_backend_without_its_device(program: Program, checkpo
     assert ended.stderr.startswith("Error: moe_backend 'triton': expected a GPU of compute capability 9.0 or later")
 
 
+def test_generate_says_what_runs_besides_experts_and_why(program: Program, checkpoint: Path) -> None:
+    ended = program("generate", str(checkpoint), "--prompt", "abc", "--max-tokens", "2", "--kv-cache-dtype", "fp8")
+    notes = [line for line in ended.stderr.splitlines() if "sampling" in line or "cache" in line]
+    assert notes == [
+        "Norms, attention and sampling run in torch: on the CPU kernels are only interpreted.",
+        "The checkpoint has no scale of an FP8 KV cache: keys and values are rounded by a scale of 1.",
+    ]
+    asked = program("generate", str(checkpoint), "--prompt", "abc", "--max-tokens", "2", "--kernels", "torch")
+    assert (asked.exit_code, "sampling" in asked.stderr) == (0, False)
+
+
+def test_generate_refuses_kernels_without_their_device(program: Program, checkpoint: Path) -> None:
+    ended = program("generate", str(checkpoint), "--prompt", "abc", "--kernels", "triton", "--device", "cpu")
+    assert ended.exit_code == 2
+    assert ended.stderr.startswith("Error: kernels 'triton': expected a GPU of compute capability 9.0 or later")
+    assert ended.stderr.rstrip().endswith("Use --kernels torch.")
+
+
 def test_generate_same_seed_same_text(program: Program, checkpoint: Path) -> None:
     texts = [
         program(

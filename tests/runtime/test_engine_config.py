@@ -15,6 +15,13 @@ from runtime.config import EngineConfig, resolve_device, resolve_dtype
             "moe_backend 'triton': expected a GPU of compute capability 9.0 or later, or TRITON_INTERPRET=1, found the "
             "CPU. Use --moe-backend batched.",
         ),
+        ({"kernels": "fast"}, "kernels 'fast': expected one of auto, torch, triton"),
+        (
+            {"kernels": "triton"},
+            "kernels 'triton': expected a GPU of compute capability 9.0 or later, or TRITON_INTERPRET=1, found the CPU. "
+            "Use --kernels torch.",
+        ),
+        ({"kv_cache_dtype": "int8"}, "kv_cache_dtype 'int8': expected one of auto, fp8"),
         ({"fused_shared_experts": "yes"}, "fused_shared_experts 'yes': expected one of auto, on, off"),
         (
             {"moe_backend": "vanilla", "fused_shared_experts": "on"},
@@ -46,6 +53,16 @@ def test_engine_config_unsupported_value_is_refused_by_name(changes, message):
 def test_engine_config_triton_is_taken_by_the_interpreter(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert EngineConfig(moe_backend="triton").moe_backend == "triton"
+    assert EngineConfig(kernels="triton").kernels == "triton"
+
+
+def test_engine_config_kernels_ask_for_the_gpu_that_they_need(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda: (8, 9))
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda: "Some GPU")
+    assert EngineConfig(device="cuda", kernels="auto").kernels == "auto"
+    with pytest.raises(UsageError, match=r"^kernels 'triton': .* found Some GPU\. Use --kernels torch\.$"):
+        EngineConfig(device="cuda", kernels="triton")
 
 
 @pytest.mark.parametrize(

@@ -93,7 +93,8 @@ def attend_pages(
     sequence, first_token = _find(starts_ptr, number, num_sequences, TOKENS, SEQUENCES_PAD)
     if sequence >= num_sequences:
         return
-    start, length = tl.load(starts_ptr + sequence), tl.load(lengths_ptr + sequence)
+    # no loop runs past the table, whatever a length says
+    start, length = tl.load(starts_ptr + sequence), tl.minimum(tl.load(lengths_ptr + sequence), table_width * PAGE)
     num_new = tl.load(starts_ptr + sequence + 1) - start
     row_R = tl.arange(0, ROWS)
     token_R = first_token + row_R // PER_GROUP
@@ -153,14 +154,14 @@ def attend_pages(
         tl.store(out_ptr + head_R[:, None] * DIM + dim_P[None, :], stored(mixed_RP, dtype), mask=is_value_RP)
 
 
-@triton.jit(do_not_specialize=["num_rows"])
+@triton.jit(do_not_specialize=["num_rows", "num_runs"])
 def add_runs(
     mixed_ptr: tl.tensor,
     peak_ptr: tl.tensor,
     total_ptr: tl.tensor,
     out_ptr: tl.tensor,
     num_rows: tl.tensor,
-    RUNS: tl.constexpr,
+    num_runs: tl.tensor,
     DIM: tl.constexpr,
     DIM_PAD: tl.constexpr,
     ROWS: tl.constexpr,
@@ -170,12 +171,12 @@ def add_runs(
     is_row_R = row_R < num_rows
     dim_P = tl.arange(0, DIM_PAD)
     peak_R = tl.full((ROWS,), float("-inf"), tl.float32)
-    for run in range(RUNS):
+    for run in range(num_runs):
         part_R = tl.load(peak_ptr + run * num_rows + row_R, mask=is_row_R, other=0.0)
         peak_R = tl.maximum(peak_R, part_R)
     total_R = tl.zeros((ROWS,), tl.float32)
     mixed_RP = tl.zeros((ROWS, DIM_PAD), tl.float32)
-    for run in range(RUNS):
+    for run in range(num_runs):
         place_R = run * num_rows + row_R
         part_R = tl.load(peak_ptr + place_R, mask=is_row_R, other=float("-inf"))
         is_used_R = part_R > float("-inf")
@@ -237,9 +238,10 @@ def paged_attention_launches(
     launches = [Launch(attend_pages, programs, arguments, constants, (out,), found.num_warps)]
     if run_tokens:
         rows = 4
-        constants = {"RUNS": num_runs, "DIM": head_dim, "DIM_PAD": constants["DIM_PAD"], "ROWS": rows}
+        constants = {"DIM": head_dim, "DIM_PAD": constants["DIM_PAD"], "ROWS": rows}
         num_rows = num_tokens * num_heads
-        launches.append(Launch(add_runs, triton.cdiv(num_rows, rows), (*parts, out, num_rows), constants, (out,)))
+        given = (*parts, out, num_rows, num_runs)
+        launches.append(Launch(add_runs, triton.cdiv(num_rows, rows), given, constants, (out,)))
     return launches
 
 

@@ -223,7 +223,7 @@ def sample(
         logits_BV: fp32, contiguous.
         temperature_B: fp32; 0 = the most likely token, of equal ones the lowest id.
         top_k_B: int32, 0 = all; applied after temperature.
-        top_p_B: fp32; applied to what top-k left, as `runtime.engine.sampler.nucleus` does.
+        top_p_B: fp32; applied to what top-k left: tokens stay while those before them have not reached it.
         uniform_B: fp64 in [0, 1): the place in the masses of what is left, in the order of ids.
         out: where the ids go.
     """

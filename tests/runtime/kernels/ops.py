@@ -6,13 +6,14 @@ The interpreter has to be chosen before triton is imported: TRITON_INTERPRET=1 p
 import json
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from runtime.kernels.ops.inputs import HeadNorms, KvPages, PagedBatch
 from tests.runtime.kernels.budgets import LEAST, UNIT, beyond, gamma, narrowed, unequal
 from tests.runtime.kernels.moe_small import BF16, FP16, FP32, exact_norm, normal, poison
+from tests.runtime.kernels.older_interpreter import mend
 
 E4M3 = torch.float8_e4m3fn
 DTYPES = {"bf16": BF16, "fp16": FP16, "fp32": FP32}
@@ -229,6 +230,28 @@ def moved_batch(batch: PagedBatch, device: str) -> PagedBatch:
     return PagedBatch(*there, batch.max_tokens_q)
 
 
+@dataclass(frozen=True)
+class BeyondCase:
+    """A sequence that says it is longer than its pages are: no loop runs past these."""
+
+    run_tokens: int = 0
+
+    def differences(self, device: str) -> list[str]:
+        from runtime.kernels.ops.paged_attention import paged_attention
+
+        query, pages, batch = AttentionCase(BF16, BF16, (1,), (80,)).inputs()
+        query, pages, batch = query.to(device), moved_pages(pages, device), moved_batch(batch, device)
+        batch = replace(batch, block_table_BM=batch.block_table_BM[:, :5].contiguous())
+        longer = [replace(batch, seq_lens_B=batch.seq_lens_B + more) for more in (0, 1 << 20)]
+        found = [paged_attention(query, pages, one, run_tokens=self.run_tokens) for one in longer]
+        return unequal("beyond the pages", found[1].cpu(), found[0].cpu())
+
+
+def beyond_cases() -> Iterator[tuple[str, BeyondCase]]:
+    yield "length beyond pages", BeyondCase()
+    yield "length beyond pages, runs", BeyondCase(64)
+
+
 def attention_cases() -> Iterator[tuple[str, AttentionCase]]:
     for name, dtype in DTYPES.items():
         yield f"attention {name} prefill", AttentionCase(dtype, dtype, (17, 3), (17, 3))
@@ -334,15 +357,16 @@ def sample_cases() -> Iterator[tuple[str, SampleCase]]:
     yield "sample in tiles", SampleCase("ties", 150, 64)
 
 
-Case = NormCase | RopeCase | AttentionCase | WriteCase | SampleCase
+Case = NormCase | RopeCase | AttentionCase | BeyondCase | WriteCase | SampleCase
 
 
 def cases() -> dict[str, Case]:
     """Return all cases by name."""
-    kinds = (norm_cases, rope_cases, attention_cases, write_cases, sample_cases)
+    kinds = (norm_cases, rope_cases, attention_cases, beyond_cases, write_cases, sample_cases)
     return {name: case for kind in kinds for name, case in kind()}
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    mend()
     json.dump({name: case.differences("cpu") for name, case in cases().items()}, sys.stdout)

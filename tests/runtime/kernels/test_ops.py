@@ -7,12 +7,12 @@ import pytest
 import torch
 
 from runtime.engine.request import SamplingParams
-from runtime.engine.sampler import nucleus
 from runtime.kernels.ops.paged_attention import tile
 from runtime.kernels.twins.rms_norm import rms_norm
 from runtime.kernels.twins.sampling import philox_uniforms, sample
 from runtime.model.norm import RMSNorm
 from tests.runtime.kernels.ops import cases, normal
+from tests.runtime.nucleus import nucleus
 
 
 @pytest.fixture(scope="module")

@@ -21,6 +21,9 @@ PLAIN, CODED = StoredExperts(BF16, BF16), StoredExperts(FP8, FP8)
 STATIC = StoredExperts(FP8, FP8, frozenset({InputScheme(InputCode.FP8, None, is_static=True)}))
 
 
+FP4 = StoredExperts(NVFP4, NVFP4, frozenset({InputScheme(InputCode.NVFP4, 16, is_static=True)}))
+
+
 @pytest.fixture
 def config() -> Glm4MoeConfig:
     return replace(Glm4MoeConfig.from_hf(small_config()), hidden_size=64, moe_intermediate_size=32)
@@ -50,6 +53,10 @@ def gpu(monkeypatch):
         ((8, 0), CODED, {}, "batched", "the kernels are not made for this GPU or dtype"),
         ((8, 0), PLAIN, {"moe_deterministic": True}, "batched", "the kernels are not made for this GPU or dtype"),
         ((7, 5), PLAIN, {}, "batched", "the kernels are not made for this GPU or dtype"),
+        ((9, 0), FP4, {}, "vanilla", "inputs are rounded by scales that each expert has its own of"),
+        ((10, 0), FP4, {}, "triton", "kernels for this GPU"),
+        ((10, 0), FP4, {"dtype": "float32"}, "vanilla", "inputs are rounded by scales that each expert has its own of"),
+        ((10, 0), STATIC, {}, "vanilla", "inputs are rounded by scales that each expert has its own of"),
         ((9, 0), STATIC, {}, "vanilla", "inputs are rounded by scales that each expert has its own of"),
     ],
 )
@@ -101,6 +108,28 @@ def test_inputs_that_differ_within_a_layer_are_refused(config):
     stored = StoredExperts(FP8, FP8, frozenset({None, InputScheme(InputCode.FP8)}))
     with pytest.raises(UsageError, match=r"found as they are and fp8 per token\. Use --moe-backend vanilla"):
         plan_experts({1: stored}, config, EngineConfig(moe_backend="batched"))
+
+
+def test_nvfp4_inputs_are_multiplied_as_codes_on_blackwell_and_refused_elsewhere(gpu, config):
+    gpu(10, 0)
+    engine = EngineConfig(device="cuda", moe_backend="triton")
+    assert plan_experts({1: FP4}, config, engine).layers == {1: LayerPlan(NVFP4, 1, multiplies_codes=True)}
+    gpu(9, 0)
+    with pytest.raises(UsageError) as error:
+        plan_experts({1: FP4}, config, engine)
+    assert str(error.value) == (
+        "moe_backend 'triton': expected a GPU of compute capability 10.0 or later, for inputs in NVFP4, found Some "
+        "GPU. Use --moe-backend vanilla, or take activations as they are."
+    )
+
+
+@pytest.mark.parametrize("backend", ["batched", "cutlass"])
+def test_nvfp4_inputs_are_refused_by_backends_that_have_one_rounding_for_all_experts(gpu, config, backend):
+    gpu(10, 0)
+    with pytest.raises(
+        UsageError, match=r"found nvfp4 per 16 columns, below a calibrated scale\. Use --moe-backend vanilla"
+    ):
+        plan_experts({1: FP4}, config, EngineConfig(device="cuda", moe_backend=backend))
 
 
 def test_shared_expert_whose_inputs_are_rounded_otherwise_is_not_fused(config):

@@ -10,14 +10,14 @@ from quantizing import checkpoint, quantize
 from safetensors.torch import load_file, save_file
 
 from converters.convert import ConvertOptions, plan_convert
-from converters.errors import UsageError
+from converters.errors import InputError, UsageError
 from converters.job import run
 from converters.layout import Layout
 from converters.pipeline import RunOptions
 from converters.source import open_source
 from runtime.config import EngineConfig
 from runtime.model.loader import LoadedModel, load_model
-from runtime.moe.fused import FusedOps
+from runtime.moe.fused_ops import FusedOps
 from runtime.moe.runner import MoE
 from runtime.moe.weights import ExpertScheme
 
@@ -201,6 +201,32 @@ def test_what_is_multiplied_as_codes_is_planned_so(src, tmp_path):
             quantize(src, folder, scheme)
         for moe in blocks(load(folder, backend, activations="as-served")):
             assert (moe.local.weights.scheme, moe.local.multiplies_codes) == (held, multiplies), (scheme, backend)
+
+
+@pytest.mark.parametrize("format_", ["compressed-tensors", "modelopt"])
+def test_calibrated_nvfp4_inputs_are_multiplied_as_codes_by_the_kernels(src, tmp_path, format_):
+    """Each expert by its own scale, the shared one too; formats leave the MTP layer as it is."""
+    quantize(src, tmp_path / "dst", "nvfp4", format=format_)
+    ids = torch.arange(48).view(2, 24)
+    loaded = load(tmp_path / "dst", "triton", activations="as-served")
+    (calibrated, *_) = [moe.local.calibrated for moe in blocks(loaded)]
+    assert [len(inputs.factors_E.unique()) for inputs in calibrated] == [4, 4]
+    full, _ = outputs(load(tmp_path / "dst"), ids)
+    expected, _ = outputs(load(tmp_path / "dst", activations="as-served"), ids)
+    ours, _ = outputs(loaded, ids)
+    assert (ours - expected).abs().median() < 0.05 * (full - expected).abs().median()
+
+
+def test_calibrated_scales_of_gate_and_up_that_differ_are_refused(src, tmp_path):
+    quantize(src, tmp_path / "dst", "nvfp4", format="modelopt")
+    for file in (tmp_path / "dst").glob("*.safetensors"):
+        tensors = load_file(file)
+        for name in tensors:
+            if name.endswith("experts.1.up_proj.input_scale"):
+                tensors[name] = tensors[name] * 2
+        save_file(tensors, file, {"format": "pt"})
+    with pytest.raises(InputError, match=r"^expert 1 of layer 1: expected one calibrated scale for the inputs of gate"):
+        load(tmp_path / "dst", "triton", activations="as-served")
 
 
 def test_calibrated_scales_of_inputs_are_refused_by_name(src, tmp_path):

@@ -1,0 +1,12 @@
+"""A model on kernels in triton's interpreter; run as a program, prints JSON."""
+
+import json
+import sys
+
+import torch
+
+from tests.runtime.model.kernel_models import compare
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    json.dump(compare("cpu"), sys.stdout)
