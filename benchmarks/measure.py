@@ -1,7 +1,7 @@
 """Run commands side by side and keep wall time, CPU time and peak memory: interleaved rounds, medians and spread.
 
 Files that are read may be in the page cache, as after a download, or not, as of a checkpoint larger than the memory:
-`STATES` has what brings them there, by the name that results give the state, and leaves things as they come in the first.
+`STATES` has what brings them there, by the name that results give the state; the first leaves things as they come.
 """
 
 import json

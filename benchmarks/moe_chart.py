@@ -58,9 +58,23 @@ def _grid() -> list[str]:
     return found
 
 
+def _fastest_others(points: Sequence[dict[str, Any]]) -> list[str]:
+    """Return a ring for each number of tokens: the fastest of those that are not ours, for bf16."""
+    found: dict[int, float] = {}
+    for row in points:
+        time_us = row.get("time", {}).get("median_us")
+        if time_us and row.get("beside_peers") and not row["is_ours"]:
+            found[row["tokens"]] = min(time_us, found.get(row["tokens"], time_us))
+    return [
+        f'<circle cx="{x_of(tokens):.1f}" cy="{y_of(time_us):.1f}" r="4" fill="none" stroke="#1f77b4"/>'
+        for tokens, time_us in found.items()
+    ]
+
+
 def roofline_svg(shape: LayerShape, device: Device, points: Sequence[dict[str, Any]] = ()) -> str:
-    """Return an SVG: floors as lines, targets as crosses, the medians of our kernels as dots where there are any."""
-    timed = [row for row in points if row.get("time", {}).get("median_us") and row["candidate"] == "triton"]
+    """Return an SVG: floors as lines, targets as crosses, the medians of our kernels as dots, others' as rings."""
+    timed = [row for row in points if row.get("time", {}).get("median_us") and not row.get("beside_peers")]
+    timed = [row for row in timed if row["candidate"] == "triton"]
     title = f"H {shape.hidden_size}, I {shape.intermediate_size}, {shape.num_routed} experts, {device.name}: " + (
         "measured beside the computed floor" if timed else "computed floor; nothing here is measured"
     )
@@ -75,10 +89,12 @@ def roofline_svg(shape: LayerShape, device: Device, points: Sequence[dict[str, A
             for row in timed
             if (row["scheme"], row["inputs_as_codes"], row["routing"]) == (str(scheme), is_quantized, "uniform")
         ]
+    parts += _fastest_others(points)
     for num_tokens, share in TARGETS.items():
         aimed = floor(shape, ExpertScheme.BF16, num_tokens).floor_s(device) * 1e6 / share
         parts.append(text(x_of(num_tokens), y_of(max(aimed, LOW_US)) + 4, "x", 'text-anchor="middle" fill="#1f77b4"'))
-    notes = ("line: floor, computed", "x: target for bf16", "dot: measured" if timed else "dot: none measured")
+    notes = ["line: floor, computed", "x: target for bf16", "dot: measured" if timed else "dot: none measured"]
+    notes += ["ring: fastest other, bf16"] if _fastest_others(points) else []
     parts += [text(WIDTH - RIGHT + 12, TOP + 100 + 20 * number, note) for number, note in enumerate(notes)]
     size = f'width="{WIDTH}" height="{HEIGHT}" viewBox="0 0 {WIDTH} {HEIGHT}"'
     style = 'font-family="sans-serif" font-size="12"'

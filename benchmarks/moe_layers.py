@@ -13,6 +13,7 @@ from runtime.moe.dispatcher import Slots
 from runtime.moe.experts import LocalExperts
 from runtime.moe.grouped import quantize_tokens
 from runtime.moe.weights import BLOCK, GROUP, ExpertScheme, ExpertWeights, Packed
+from runtime.moe.workspace import Workspace
 
 ROUTINGS = ("uniform", "zipf", "same")
 # rows that are held against the reference
@@ -59,9 +60,12 @@ def _packed(
 
     def normal(dtype: torch.dtype, factor: float) -> torch.Tensor:
         made = torch.empty(num, rows, columns, dtype=dtype, device=device)
+        limit = torch.finfo(dtype).max if dtype.is_floating_point else torch.iinfo(dtype).max
         # an expert at a time: in fp32 a layer is larger than the device's memory may be
         for expert in made:
-            expert.copy_(torch.randn(rows, columns, generator=generator, device=device) * factor)
+            values = torch.randn(rows, columns, generator=generator, device=device) * factor
+            # before torch 2.13, what is beyond the largest E4M3 becomes NaN
+            expert.copy_(values.clamp(-limit, limit))
         return made
 
     if scheme.is_plain:
@@ -106,7 +110,7 @@ def make_experts(weights: ExpertWeights, *, is_quantized: bool) -> LocalExperts:
     if not is_quantized:
         return LocalExperts(weights)
 
-    def round_rows(values_RK: torch.Tensor) -> torch.Tensor:
+    def round_rows(values_RK: torch.Tensor, _: Workspace | None = None, /) -> torch.Tensor:
         return rounded(weights.scheme, values_RK)
 
     return LocalExperts(weights, round_rows, round_rows, multiplies_codes=True)

@@ -43,7 +43,8 @@ from runtime.moe.cost import (
 )
 from runtime.moe.dispatcher import Dispatched, Slots, combine
 from runtime.moe.experts import LocalExperts, vanilla_experts
-from runtime.moe.fused import FusedExperts, FusedOps
+from runtime.moe.fused import FusedExperts
+from runtime.moe.fused_ops import FusedOps
 from runtime.moe.grouped import CutlassExperts
 from runtime.moe.plan import BATCHED, CUTLASS, TRITON, VANILLA
 from runtime.moe.weights import ExpertScheme, ExpertWeights, Packed
@@ -182,9 +183,10 @@ def fused_launches(layer: Layer) -> list[Launch]:
         return one(combine_launch, values, ids, out=(out,))
 
     ops = FusedOps(
-        route=_never, build_rows=build_rows, build_masked_rows=_never, quantize_rows=_never, up=partial(one, up_launch),
-        down=partial(one, down_launch), up_gemv=partial(one, up_gemv_launch),
-        down_gemv=partial(one, down_gemv_launch), combine=add,
+        route=_never, build_rows=build_rows, build_masked_rows=_never, quantize_rows=_never,
+        quantize_fp4_rows=_never, up=partial(one, up_launch), down=partial(one, down_launch),
+        up_gemv=partial(one, up_gemv_launch), down_gemv=partial(one, down_gemv_launch), combine=add,
+        combine_norm=_never, rms_norm=_never, router_logits=_never,
     )  # fmt: skip
     hidden = layer.hidden
     FusedExperts(ops).run(hidden, layer.slots, layer.experts, Workspace(META), torch.empty_like(hidden))

@@ -5,6 +5,7 @@ reported as absent. Wheels that were brought along are found through PYTHONPATH.
 """
 
 import importlib.util
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -15,10 +16,12 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.moe_layers import Batch
+from benchmarks.moe_timing import FAILURES, reason
 from runtime.moe.batched import BatchedExperts
 from runtime.moe.dispatcher import Slots
 from runtime.moe.experts import LocalExperts
-from runtime.moe.fused import FusedExperts, FusedOps
+from runtime.moe.fused import FusedExperts
+from runtime.moe.fused_ops import FusedOps
 from runtime.moe.grouped import CutlassExperts
 from runtime.moe.weights import ExpertScheme, ExpertWeights
 from runtime.moe.workspace import Workspace
@@ -30,6 +33,8 @@ BATCHED_TOKENS = 256
 # an expert after the other is for the host to launch
 LOOP_TOKENS = 4096
 LIGER, SGLANG = "Liger-Kernel", "SGLang's fused_moe_kernel"
+# its own tuning takes minutes, once for all numbers of tokens, by the first that comes; read when it is imported
+_LIGER_PINNED = ("LIGER_FUSED_MOE_AUTOTUNE", "0")
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,8 +113,8 @@ def peers(weights: ExpertWeights) -> tuple[list[Candidate], dict[str, str]]:
     for name, make in makers.items():
         try:
             found += make(halves, weights)
-        except (ImportError, PackageNotFoundError, AttributeError) as error:
-            absent[name] = f"{type(error).__name__}: {error}"
+        except (ImportError, PackageNotFoundError, AttributeError, *FAILURES) as error:
+            absent[name] = reason(error)
     if weights.device.type != "cuda":
         absent |= {peer.name: "needs a GPU" for peer in found if peer.name in (LIGER, SGLANG)}
         found = [peer for peer in found if peer.name not in absent]
@@ -167,6 +172,7 @@ def liger(halves: Halves, _: ExpertWeights) -> list[Candidate]:
     """Return the fused forward of Liger-Kernel."""
     if importlib.util.find_spec("liger_kernel") is None:
         raise ImportError("no liger_kernel on PYTHONPATH")
+    os.environ.setdefault(*_LIGER_PINNED)
     from liger_kernel.ops.fused_moe import LigerFusedMoEFunction
 
     def run(batch: Batch) -> torch.Tensor:
@@ -175,8 +181,10 @@ def liger(halves: Halves, _: ExpertWeights) -> list[Candidate]:
         with torch.no_grad():
             return LigerFusedMoEFunction.apply(batch.hidden_TH, halves.gate_up, halves.down, slots.ids_TK, weights_TK)
 
+    is_tuned = os.environ[_LIGER_PINNED[0]] != _LIGER_PINNED[1]
+    note = f"{version('liger-kernel')}, {'tuned by itself' if is_tuned else 'the tiles it has without tuning'}"
     # its metadata is made with counts that the host waits for
-    return [Candidate(LIGER, run, is_graphable=False, version=version("liger-kernel"))]
+    return [Candidate(LIGER, run, is_graphable=False, version=note)]
 
 
 def sglang(halves: Halves, _: ExpertWeights) -> list[Candidate]:

@@ -3,48 +3,60 @@
 Without a GPU nothing is timed, and every figure is None.
 """
 
+import ctypes
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
+from triton.errors import TritonError
 
 # calls in one graph, each with inputs of its own
 CALLS = 10
 ROUNDS = 5
-# a round is as many replays as fit
+# a round is as many replays as fit; of what takes longer there are fewer rounds
 ROUND_MS = 10.0
-_WARM_UP = 2
+_LONG_ROUND_MS, _LONG_ROUNDS = 50.0, 3
+LIMITS = ("read_bytes_per_s", "copy_bytes_per_s", "bf16_flop_per_s")
+# what a candidate that cannot do something may raise; triton's errors are no RuntimeError
+FAILURES = (RuntimeError, AssertionError, ValueError, TypeError, NotImplementedError, TritonError)
 
 Work = Callable[[int], object]
 
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """Microseconds of one call, over rounds; all None where nothing was measured."""
+    """Microseconds of one call, over rounds; all None where nothing was measured.
+
+    Args:
+        median_us: of the rounds.
+        min_us: the fastest.
+        max_us: the slowest.
+        is_graph: replays of a CUDA graph, in which nothing waits for the host.
+        launches: kernels, copies and fills of one call; None where no graph holds them.
+        failure: why there is no time, although the result was right.
+    """
 
     median_us: float | None = None
     min_us: float | None = None
     max_us: float | None = None
     is_graph: bool = False
+    launches: float | None = None
+    failure: str = ""
 
     def as_dict(self) -> dict[str, Any]:
         """Return what a result file holds."""
         return asdict(self)
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Deadline:
     """What is left of the time that a run may take; what does not fit is left out and said."""
 
     seconds: float
-    start: float = 0.0
-
-    def __post_init__(self) -> None:
-        """Begin now."""
-        self.start = time.monotonic()
+    start: float = field(default_factory=time.monotonic)
 
     @property
     def elapsed_s(self) -> float:
@@ -55,9 +67,22 @@ class Deadline:
         """Whether so much is left."""
         return self.elapsed_s + seconds < self.seconds
 
+    def part(self, share: float) -> "Deadline":
+        """Return the end of a part of the run, which begins where the run did."""
+        return Deadline(self.seconds * share, self.start)
 
-def prepared(work: Work, num_inputs: int, *, is_graphable: bool) -> tuple[Callable[[], object], bool]:
-    """Return what runs CALLS calls, going round the inputs, and whether it is a graph: else the calls themselves."""
+
+@dataclass(frozen=True, slots=True)
+class _Prepared:
+    """What runs CALLS calls."""
+
+    run: Callable[[], object]
+    is_graph: bool = False
+    launches: float | None = None
+
+
+def prepared(work: Work, num_inputs: int, *, is_graphable: bool) -> _Prepared:
+    """Return what runs CALLS calls, going round the inputs: a graph if one can hold them, else the calls themselves."""
 
     def calls() -> None:
         for number in range(CALLS):
@@ -66,21 +91,31 @@ def prepared(work: Work, num_inputs: int, *, is_graphable: bool) -> tuple[Callab
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
-        for _ in range(_WARM_UP):
-            calls()
+        for number in range(num_inputs):
+            work(number)
     torch.cuda.current_stream().wait_stream(side)
     torch.cuda.synchronize()
     if not is_graphable:
-        return calls, False
-    graph = torch.cuda.CUDAGraph()
+        return _Prepared(calls)
+    graph = torch.cuda.CUDAGraph(keep_graph=True)
     try:
         with torch.cuda.graph(graph):
             calls()
+        graph.instantiate()
     except RuntimeError:
         # who waits for the device, or takes memory from it, cannot be captured
         torch.cuda.synchronize()
-        return calls, False
-    return graph.replay, True
+        return _Prepared(calls)
+    nodes = num_nodes(graph)
+    return _Prepared(graph.replay, True, None if nodes is None else nodes / CALLS)
+
+
+def num_nodes(graph: torch.cuda.CUDAGraph) -> int | None:
+    """Return the kernels, copies and fills of a graph that was kept: what a replay launches; None: not known."""
+    count = ctypes.c_size_t()
+    driver = ctypes.CDLL("libcuda.so.1")
+    status = driver.cuGraphGetNodes(ctypes.c_void_p(graph.raw_cuda_graph()), None, ctypes.byref(count))
+    return count.value if status == 0 else None
 
 
 def round_us(run: Callable[[], object], replays: int) -> float:
@@ -104,23 +139,42 @@ def time_in_turn(works: dict[str, tuple[Work, bool]], num_inputs: int, device: t
     """
     if device.type != "cuda":
         return dict.fromkeys(works, Timing())
-    runs = {name: prepared(work, num_inputs, is_graphable=graph) for name, (work, graph) in works.items()}
-    replays = {name: max(1, int(ROUND_MS * 1000 / (round_us(run, 1) * CALLS))) for name, (run, _) in runs.items()}
+    runs: dict[str, _Prepared] = {}
+    replays: dict[str, int] = {}
+    timings: dict[str, Timing] = {}
+    num_rounds: dict[str, int] = {}
+    for name, (work, is_graphable) in works.items():
+        try:
+            runs[name] = prepared(work, num_inputs, is_graphable=is_graphable)
+            calls_ms = round_us(runs[name].run, 1) * CALLS / 1000
+        except FAILURES as error:
+            runs.pop(name, None)
+            timings[name] = Timing(failure=reason(error))
+            continue
+        replays[name] = max(1, int(ROUND_MS / calls_ms))
+        num_rounds[name] = _LONG_ROUNDS if calls_ms > _LONG_ROUND_MS else ROUNDS
     rounds: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(ROUNDS):
-        for name, (run, _) in runs.items():
-            rounds[name].append(round_us(run, replays[name]))
-    return {name: _summary(rounds[name], is_graph=is_graph) for name, (_, is_graph) in runs.items()}
+    for number in range(ROUNDS):
+        for name, one in runs.items():
+            if number < num_rounds[name]:
+                rounds[name].append(round_us(one.run, replays[name]))
+    return timings | {name: _summary(rounds[name], one) for name, one in runs.items()}
 
 
-def _summary(times: Sequence[float], *, is_graph: bool) -> Timing:
-    return Timing(statistics.median(times), min(times), max(times), is_graph)
+def _summary(times: Sequence[float], one: _Prepared) -> Timing:
+    return Timing(statistics.median(times), min(times), max(times), one.is_graph, one.launches)
 
 
-def launches(work: Work) -> int | None:
-    """Return how many kernels, copies and fills one call launches on a GPU; None without one."""
-    if not torch.cuda.is_available():
-        return None
+def reason(error: Exception) -> str:
+    """Return why something failed, in a line."""
+    return f"{type(error).__name__}: {str(error)[:200]}"
+
+
+def profiled_launches(work: Work) -> int:
+    """Return how many kernels, copies and fills one call launches on a GPU, by the profiler.
+
+    What it leaves behind slows launches down: for when all else has been timed.
+    """
     from torch.profiler import ProfilerActivity, profile
 
     work(0)
@@ -132,9 +186,9 @@ def launches(work: Work) -> int | None:
 
 
 def floors(device: torch.device) -> dict[str, float | None]:
-    """Return what the GPU can do: bytes a second read and copied, operations a second of a bf16 product."""
+    """Return what the GPU can do, by LIMITS: bytes read and copied, and operations of a bf16 product, a second."""
     if device.type != "cuda":
-        return {"read_bytes_per_s": None, "copy_bytes_per_s": None, "bf16_flop_per_s": None}
+        return dict.fromkeys(LIMITS)
     source = torch.randn(1 << 30, device=device)
     target, size = torch.empty_like(source), 8192
     left, right = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
@@ -145,11 +199,8 @@ def floors(device: torch.device) -> dict[str, float | None]:
     }
     found = {name: timing.median_us for name, timing in time_in_turn(works, 1, device).items()}
     assert all(found.values()), found
-    return {
-        "read_bytes_per_s": source.nbytes / (found["read"] * 1e-6),
-        "copy_bytes_per_s": 2 * source.nbytes / (found["copy"] * 1e-6),
-        "bf16_flop_per_s": 2 * size**3 / (found["product"] * 1e-6),
-    }
+    work_of = (source.nbytes / found["read"], 2 * source.nbytes / found["copy"], 2 * size**3 / found["product"])
+    return {name: 1e6 * amount for name, amount in zip(LIMITS, work_of, strict=True)}
 
 
 def reading(source: torch.Tensor) -> Work:

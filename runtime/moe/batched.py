@@ -48,6 +48,7 @@ class BatchedExperts:
         self, hidden_TD: torch.Tensor, slots: Slots, experts: LocalExperts, workspace: Workspace
     ) -> torch.Tensor:
         """Return unweighted results (S, D); see `GroupedExperts`."""
+        assert experts.calibrated is None, "inputs of all experts are rounded alike here"
         rows: ContiguousRows | MaskedRows
         if self.is_masked:
             rows = masked_rows(slots.ids_TK, slots.num_experts, len(hidden_TD))
@@ -57,7 +58,7 @@ class BatchedExperts:
             rows = contiguous_rows(slots.ids_TK, slots.num_experts, block_m, num_shared=slots.num_shared)
             slots_P, expert_of_block = rows.slots_P, rows.expert_of_block.clamp(min=0)
         if experts.round_inputs is not None:
-            hidden_TD = experts.round_inputs(hidden_TD)
+            hidden_TD = experts.round_inputs(hidden_TD, workspace)
         weights, dtype, hidden_size = experts.weights, hidden_TD.dtype, hidden_TD.shape[1]
         rows_PD = workspace.take("rows", (len(slots_P), hidden_size), dtype)
         gather_rows(hidden_TD, slots_P, slots.num_choices, rows_PD)
@@ -65,7 +66,7 @@ class BatchedExperts:
         self._multiply(rows_PD, _Matrix(weights, weights.up), block_m, expert_of_block, gate_up_P2I, workspace)
         active_PI = swiglu(gate_up_P2I, workspace, block_m if self.is_batch_invariant else 0)
         if experts.round_activations is not None:
-            active_PI = experts.round_activations(active_PI)
+            active_PI = experts.round_activations(active_PI, workspace)
         # what went in is no longer needed
         self._multiply(active_PI, _Matrix(weights, weights.down), block_m, expert_of_block, rows_PD, workspace)
         results_SD = workspace.take("slots", (slots.num_slots, hidden_size), dtype)

@@ -4,12 +4,14 @@
 which each backend makes the layout it needs, and hand back one result for each slot: whichever rank, layout or order
 they come from, `combine_slots` adds them in one order.
 
-Shapes: T tokens, D hidden, K experts per token, R = T * K routed rows, E experts; S = T * K slots, P rows with padding.
+Shapes: T tokens, D hidden, K experts per token, S = T * K slots, R <= S of them that this rank computes, E experts, P
+rows with padding.
 """
 
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 
 from runtime.moe.workspace import Workspace
 
@@ -21,7 +23,7 @@ class Dispatched:
     Args:
         rows_RD: copies of the tokens, all of expert 0 first, then expert 1, ...; within an expert in token order.
         rows_per_expert_E: int64 counts, summing to R.
-        slots_R: int64, row r came from slot slots_R[r] of the flattened (T, K) choices.
+        slots_R: int64, row r came from slot slots_R[r] of the flattened (T, K) choices; filtered slots have no row.
     """
 
     rows_RD: torch.Tensor
@@ -30,23 +32,35 @@ class Dispatched:
 
 
 def dispatch(hidden_TD: torch.Tensor, topk_ids_TK: torch.Tensor, num_experts: int) -> Dispatched:
-    """Copy tokens (T, D) to their experts' rows, given ids (T, K) below num_experts."""
-    flat_ids_R = topk_ids_TK.flatten()
-    slots_R = flat_ids_R.argsort(stable=True)
-    counts_E = torch.bincount(flat_ids_R, minlength=num_experts)
+    """Copy tokens (T, D) to their experts' rows.
+
+    Args:
+        hidden_TD: tokens.
+        topk_ids_TK: any integer dtype, below num_experts; negative = filtered: another rank computes it.
+        num_experts: E, those of this rank.
+    """
+    ids_S = topk_ids_TK.flatten()
+    # behind the last expert are filtered slots
+    places_S = torch.where(ids_S < 0, num_experts, ids_S)
+    counts_E = torch.bincount(places_S, minlength=num_experts + 1)[:num_experts]
+    # the loop over experts waits for the counts as well
+    slots_R = places_S.argsort(stable=True)[: int(counts_E.sum())]
     return Dispatched(hidden_TD[slots_R // topk_ids_TK.shape[1]], counts_E, slots_R)
 
 
 def combine(rows_RD: torch.Tensor, topk_weights_TK: torch.Tensor, dispatched: Dispatched) -> torch.Tensor:
     """Return the weighted sums (T, D) fp32 of the experts' results (R, D), added in ascending order of experts.
 
-    That is the order in which a model that has one expert at a time in memory adds them up.
+    That is the order in which a model that has one expert at a time in memory adds them up. Filtered slots add nothing.
     """
-    num_choices = topk_weights_TK.shape[1]
-    row_of_slot_R = torch.empty_like(dispatched.slots_R)
-    row_of_slot_R[dispatched.slots_R] = torch.arange(len(rows_RD), device=rows_RD.device)
+    num_rows, num_choices = len(rows_RD), topk_weights_TK.shape[1]
+    row_of_slot_S = dispatched.slots_R.new_full((topk_weights_TK.numel(),), num_rows)
+    row_of_slot_S[dispatched.slots_R] = torch.arange(num_rows, device=rows_RD.device)
+    if num_rows < len(row_of_slot_S):
+        # a row of zeros for all that are filtered
+        rows_RD = F.pad(rows_RD, (0, 0, 0, 1))
     # rows lie expert by expert, so that of a token's rows the first is that of its lowest expert
-    rows_TK, choices_TK = row_of_slot_R.view(-1, num_choices).sort(dim=1)
+    rows_TK, choices_TK = row_of_slot_S.view(-1, num_choices).sort(dim=1)
     weights_TK = topk_weights_TK.gather(1, choices_TK)
     sums_TD = torch.zeros(len(rows_TK), rows_RD.shape[1], device=rows_RD.device)
     for choice in range(num_choices):
@@ -63,12 +77,14 @@ class Slots:
         weights_TK: fp32, what the expert's result is multiplied with; 1 for the shared expert.
         num_experts: local experts that ids count, the shared one included.
         num_shared: how many of them are shared; the last ones.
+        num_ranks: that share these slots, one of which this is.
     """
 
     ids_TK: torch.Tensor
     weights_TK: torch.Tensor
     num_experts: int
     num_shared: int
+    num_ranks: int = 1
 
     @property
     def num_slots(self) -> int:
@@ -79,6 +95,12 @@ class Slots:
     def num_choices(self) -> int:
         """K, the shared expert included."""
         return self.ids_TK.shape[1]
+
+    @property
+    def rows_per_expert(self) -> float:
+        """Rows that a routed expert of this rank is expected to get."""
+        num_routed = self.num_experts - self.num_shared
+        return len(self.ids_TK) * (self.num_choices - self.num_shared) / (num_routed * self.num_ranks)
 
 
 def slots_of(topk_ids_TK: torch.Tensor, topk_weights_TK: torch.Tensor, num_routed: int, num_shared: int) -> Slots:

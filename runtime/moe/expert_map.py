@@ -70,4 +70,31 @@ class ExpertMap:
         # a copy of the shared expert is the last expert of its rank
         shared = range(slots.num_experts - slots.num_shared, slots.num_experts)
         num_shared = sum(expert in shared for expert in self.held[rank][len(self.held[rank]) - slots.num_shared :])
-        return Slots(ids_TK, slots.weights_TK, len(self.held[rank]), num_shared)
+        return Slots(ids_TK, slots.weights_TK, len(self.held[rank]), num_shared, self.num_ranks)
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertShare:
+    """What one rank computes of a layer.
+
+    Args:
+        experts: of all ranks; a fused shared expert is the last logical one.
+        rank: this one.
+    """
+
+    experts: ExpertMap
+    rank: int
+
+    @property
+    def held(self) -> tuple[int, ...]:
+        """Logical experts of this rank, in the order of local ids."""
+        return self.experts.held[self.rank]
+
+    @property
+    def tokens(self) -> slice:
+        """Tokens for which this rank computes a shared expert that is none of the grouped ones."""
+        return slice(self.rank, None, self.experts.num_ranks)
+
+    def local_slots(self, slots: Slots) -> Slots:
+        """Return the slots of this rank; see `ExpertMap.local_slots`."""
+        return self.experts.local_slots(slots, self.rank)

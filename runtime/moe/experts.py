@@ -3,7 +3,7 @@
 Shapes: R routed rows grouped by expert, D hidden, E experts, T tokens, S slots, P rows, I intermediate.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -15,7 +15,12 @@ from runtime.moe.dispatcher import Slots
 from runtime.moe.weights import ExpertWeights
 from runtime.moe.workspace import Workspace
 
-Rounding = Callable[[torch.Tensor], torch.Tensor]
+
+class Rounding(Protocol):
+    """What an engine does to inputs at run time."""
+
+    def __call__(self, hidden: torch.Tensor, workspace: Workspace | None = None, /) -> torch.Tensor:
+        """Return the values of the codes that inputs are rounded to, in the workspace if there is one."""
 
 
 def vanilla_experts(
@@ -25,13 +30,33 @@ def vanilla_experts(
 
     Args:
         rows_RD: (R, D), rows of expert 0 first.
-        rows_per_expert_E: (E,) int64 counts; an expert without rows is not run.
+        rows_per_expert_E: (E,) int64 counts; an expert without rows is not run, and there may be no rows at all.
         experts: E gated MLPs.
     Returns:
         (R, D) in the dtype of rows_RD, same order.
     """
     parts = rows_RD.split(rows_per_expert_E.tolist())
-    return torch.cat([expert(part) for expert, part in zip(experts, parts, strict=True) if len(part)])
+    found = [expert(part) for expert, part in zip(experts, parts, strict=True) if len(part)]
+    return torch.cat(found) if found else rows_RD
+
+
+@dataclass(frozen=True, slots=True)
+class CalibratedInputs:
+    """Scales of NVFP4 inputs that were calibrated, of each expert.
+
+    Args:
+        factors_E: fp32, what local scales are multiplied with before they are rounded.
+        scales_E: fp32, 1 / factor: what codes times local scales are multiplied with.
+    """
+
+    factors_E: torch.Tensor
+    scales_E: torch.Tensor
+
+    @classmethod
+    def of(cls, factors: Sequence[float], device: torch.device) -> "CalibratedInputs":
+        """Return those of experts in their order."""
+        factors_E = torch.tensor(factors, dtype=torch.float32, device=device)
+        return cls(factors_E, factors_E.reciprocal())
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,12 +68,14 @@ class LocalExperts:
         round_inputs: what an engine does to the inputs of gate and up at run time; None: nothing.
         round_activations: the same for the inputs of down.
         multiplies_codes: rounded inputs may be multiplied as the codes that they are rounded to.
+        calibrated: NVFP4 inputs of gate and up, and of down: multiplied as codes, which takes the place of rounding.
     """
 
     weights: ExpertWeights
     round_inputs: Rounding | None = None
     round_activations: Rounding | None = None
     multiplies_codes: bool = False
+    calibrated: tuple[CalibratedInputs, CalibratedInputs] | None = None
 
 
 class GroupedExperts(Protocol):

@@ -5,7 +5,6 @@ The same steps run on torch twins of the kernels, without a GPU, to be tested.
 Shapes: T tokens, D hidden, K choices, S slots, P rows with padding, I intermediate.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,59 +13,16 @@ import torch
 from converters.config import Glm4MoeConfig
 from runtime.moe.dispatcher import Slots
 from runtime.moe.experts import LocalExperts
-from runtime.moe.inputs import INPUT_GROUP, Inputs, QuantizedRows
+from runtime.moe.fused_inputs import FusedInputs, capability_of
+from runtime.moe.fused_ops import FusedOps
 from runtime.moe.layouts import ContiguousRows, MaskedRows, Rows, capacity
-from runtime.moe.weights import ExpertScheme
+from runtime.moe.router import Router
 from runtime.moe.workspace import Workspace
 
-_UNKNOWN_CAPABILITY = 90
 # rows of the smallest tile
 _LEAST_BLOCK_M = 16
-
-
-@dataclass(frozen=True, slots=True)
-class FusedOps:
-    """The steps, as kernels or as their twins; signatures are those of `runtime.kernels.moe`."""
-
-    route: Callable[..., tuple[torch.Tensor, torch.Tensor]]
-    build_rows: Callable[..., ContiguousRows]
-    build_masked_rows: Callable[..., MaskedRows]
-    quantize_rows: Callable[..., QuantizedRows]
-    up: Callable[..., Inputs]
-    down: Callable[..., torch.Tensor]
-    up_gemv: Callable[..., torch.Tensor]
-    down_gemv: Callable[..., torch.Tensor]
-    combine: Callable[..., torch.Tensor]
-
-    @classmethod
-    def of_kernels(cls) -> "FusedOps":
-        """Return the Triton kernels."""
-        from runtime.kernels.moe import build_rows, combine, down, gemv, quantize_rows, route, up
-
-        return cls._of(build_rows, combine, down, gemv, quantize_rows, route, up)
-
-    @classmethod
-    def of_twins(cls) -> "FusedOps":
-        """Return what the kernels are held against."""
-        from runtime.kernels.twins import build_rows, combine, down, gemv, quantize_rows, route, up
-
-        return cls._of(build_rows, combine, down, gemv, quantize_rows, route, up)
-
-    @classmethod
-    def _of(
-        cls, build_rows: Any, combine: Any, down: Any, gemv: Any, quantize_rows: Any, route: Any, up: Any
-    ) -> "FusedOps":
-        return cls(
-            route.route,
-            build_rows.build_rows,
-            build_rows.build_masked_rows,
-            quantize_rows.quantize_rows,
-            up.up,
-            down.down,
-            gemv.up_gemv,
-            gemv.down_gemv,
-            combine.combine,
-        )
+# tokens whose router logits need no matrix units
+_ROUTER_ROWS = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +38,13 @@ class FusedExperts:
     ops: FusedOps
     is_batch_invariant: bool = False
     is_masked: bool = False
+
+    def logits(self, hidden_TD: torch.Tensor, router: Router, workspace: Workspace) -> torch.Tensor:
+        """Return router logits (T, E) fp32 in the workspace; of a few tokens by a launch that widens what it reads."""
+        if len(hidden_TD) > _ROUTER_ROWS or self.is_batch_invariant:
+            return router.logits(hidden_TD, workspace)
+        logits_TE = workspace.take("router_logits", (len(hidden_TD), len(router.weight)), torch.float32)
+        return self.ops.router_logits(hidden_TD, router.weight, out=logits_TE)
 
     def route(
         self,
@@ -104,16 +67,38 @@ class FusedExperts:
         self, hidden_TD: torch.Tensor, slots: Slots, experts: LocalExperts, workspace: Workspace, out_TD: torch.Tensor
     ) -> None:
         """Write weighted sums to out (T, D), rounded once; see `GroupedExperts`."""
-        tiles = self._tiles(hidden_TD, slots, experts)
-        if tiles.is_gemv and not self.is_masked and experts.round_inputs is None:
-            shape = (slots.num_slots, experts.weights.intermediate_size)
-            active_SI = workspace.take("activation", shape, hidden_TD.dtype)
-            self.ops.up_gemv(hidden_TD, slots.ids_TK, experts.weights, out=active_SI)
+        if self._is_gemv(hidden_TD, slots, experts):
+            active_SI = self._up_gemv(hidden_TD, slots, experts, workspace)
             self.ops.down_gemv(active_SI, slots.ids_TK, slots.weights_TK, experts.weights, out=out_TD)
             return
-        values_SD = workspace.take("slots", (slots.num_slots, hidden_TD.shape[1]), hidden_TD.dtype)
-        self._multiply(hidden_TD, slots, slots.weights_TK, experts, workspace, values_SD)
-        self.ops.combine(values_SD, slots.ids_TK, out=out_TD)
+        self.ops.combine(self._values(hidden_TD, slots, experts, workspace), slots.ids_TK, out=out_TD)
+
+    def run_and_norm(
+        self,
+        hidden_TD: torch.Tensor,
+        slots: Slots,
+        experts: LocalExperts,
+        workspace: Workspace,
+        *,
+        residual_TD: torch.Tensor,
+        norm: tuple[torch.Tensor, float],
+        out: tuple[torch.Tensor, torch.Tensor],
+    ) -> None:
+        """Write weighted sums and the residual, rounded once, to out[0], and their norm to out[1].
+
+        Args:
+            hidden_TD: as for `run`, and so are slots, experts and workspace.
+            residual_TD: added in fp32.
+            norm: weight (D,) and eps.
+            out: (T, D) each, of the residual's dtype.
+        """
+        if self._is_gemv(hidden_TD, slots, experts):
+            active_SI, weights = self._up_gemv(hidden_TD, slots, experts, workspace), experts.weights
+            self.ops.down_gemv(active_SI, slots.ids_TK, slots.weights_TK, weights, residual_TH=residual_TD, out=out[0])
+            self.ops.rms_norm(out[0], *norm, out=out[1])
+            return
+        values_SD = self._values(hidden_TD, slots, experts, workspace)
+        self.ops.combine_norm(values_SD, slots.ids_TK, residual_TD, *norm, out=out)
 
     def slot_results(
         self, hidden_TD: torch.Tensor, slots: Slots, experts: LocalExperts, workspace: Workspace
@@ -122,6 +107,25 @@ class FusedExperts:
         values_SD = workspace.take("slots", (slots.num_slots, hidden_TD.shape[1]), hidden_TD.dtype).zero_()
         ones_TK = workspace.take("ones", tuple(slots.weights_TK.shape), torch.float32).fill_(1)
         self._multiply(hidden_TD, slots, ones_TK, experts, workspace, values_SD)
+        return values_SD
+
+    def _is_gemv(self, hidden_TD: torch.Tensor, slots: Slots, experts: LocalExperts) -> bool:
+        is_rounded = experts.round_inputs is not None
+        return self._tiles(hidden_TD, slots, experts).is_gemv and not self.is_masked and not is_rounded
+
+    def _up_gemv(
+        self, hidden_TD: torch.Tensor, slots: Slots, experts: LocalExperts, workspace: Workspace
+    ) -> torch.Tensor:
+        shape = (slots.num_slots, experts.weights.intermediate_size)
+        active_SI = workspace.take("activation", shape, hidden_TD.dtype)
+        return self.ops.up_gemv(hidden_TD, slots.ids_TK, experts.weights, out=active_SI)
+
+    def _values(
+        self, hidden_TD: torch.Tensor, slots: Slots, experts: LocalExperts, workspace: Workspace
+    ) -> torch.Tensor:
+        """Return each slot's weighted result (S, D), undefined where it is filtered."""
+        values_SD = workspace.take("slots", (slots.num_slots, hidden_TD.shape[1]), hidden_TD.dtype)
+        self._multiply(hidden_TD, slots, slots.weights_TK, experts, workspace, values_SD)
         return values_SD
 
     def _multiply(
@@ -134,24 +138,25 @@ class FusedExperts:
         out_SD: torch.Tensor,
     ) -> None:
         """Write each slot's result, times its weight; filtered slots keep what they hold."""
-        weights, tiles = experts.weights, self._tiles(hidden_TD, slots, experts)
+        tiles, dtype = self._tiles(hidden_TD, slots, experts), hidden_TD.dtype
         rows = self._rows(slots, tiles.block_m, workspace)
-        slots_P = rows.slots_P if isinstance(rows, ContiguousRows) else rows.slots
-        active_PI = workspace.take("activation", (slots_P.numel(), weights.intermediate_size), hidden_TD.dtype)
-        inputs = self._rounded(hidden_TD, experts, experts.round_inputs, None, workspace)
-        self.ops.up(inputs, weights, rows, active_PI, tiles.up)
-        inputs = self._rounded(active_PI, experts, experts.round_activations, slots_P, workspace)
-        self.ops.down(inputs, weights, rows, weights_TK, out_SD, tiles.down)
+        made = FusedInputs(self.ops, experts, rows, workspace)
+        is_native = made.is_native(hidden_TD.device)
+        active = made.room(dtype, writes_codes=tiles.can_write_codes)
+        given = made.of_tokens(hidden_TD)
+        self.ops.up(given, experts.weights, rows, active, tiles.up, native_fp4=is_native, rounded_to=dtype)
+        given = made.of_activations(active)
+        self.ops.down(given, experts.weights, rows, weights_TK, out_SD, tiles.down, native_fp4=is_native)
 
     def _tiles(self, hidden_TD: torch.Tensor, slots: Slots, experts: LocalExperts) -> Any:
         # numbers alone, but its package imports triton
         from runtime.kernels.moe.configs import choose
 
-        weights, num_routed = experts.weights, slots.num_experts - slots.num_shared
+        weights = experts.weights
         return choose(
             weights.scheme,
             capability_of(hidden_TD.device),
-            len(hidden_TD) * (slots.num_choices - slots.num_shared) / num_routed,
+            slots.rows_per_expert,
             hidden_size=weights.hidden_size,
             intermediate_size=weights.intermediate_size,
             is_quantized=experts.multiplies_codes,
@@ -186,30 +191,3 @@ class FusedExperts:
         return self.ops.build_rows(
             slots.ids_TK, num_experts, block_m, num_shared=slots.num_shared, out=rows, scratch=scratch
         )
-
-    def _rounded(
-        self,
-        values_RK: torch.Tensor,
-        experts: LocalExperts,
-        rounding: Callable[[torch.Tensor], torch.Tensor] | None,
-        slots_P: torch.Tensor | None,
-        workspace: Workspace,
-    ) -> Inputs:
-        """Return inputs as they are, as codes if these are multiplied, or as the values of codes."""
-        if rounding is None:
-            return values_RK
-        if not experts.multiplies_codes:
-            return rounding(values_RK)
-        scheme, (num_rows, num_columns) = experts.weights.scheme, values_RK.shape
-        num_groups = -(-num_columns // INPUT_GROUP) if scheme is ExpertScheme.FP8_BLOCK else 1
-        codes_RK = workspace.take("codes", (num_rows, num_columns), scheme.code_dtype)
-        scales_RG = workspace.take("scales", (num_rows, num_groups), torch.float32)
-        return self.ops.quantize_rows(values_RK, QuantizedRows(codes_RK, scales_RG), slots_P)
-
-
-def capability_of(device: torch.device) -> int:
-    """Return ten times the compute capability of a GPU; of the CPU, what the kernels are mainly for."""
-    if device.type != "cuda":
-        return _UNKNOWN_CAPABILITY
-    major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor

@@ -54,18 +54,19 @@ class CutlassExperts:
         self, hidden_TD: torch.Tensor, slots: Slots, experts: LocalExperts, workspace: Workspace
     ) -> torch.Tensor:
         """Return unweighted results (S, D); see `GroupedExperts`."""
+        assert experts.calibrated is None, "inputs of all experts are rounded alike here"
         weights, shape = experts.weights, (slots.num_slots, hidden_TD.shape[1])
         rows = ragged_rows(slots.ids_TK, slots.num_experts)
         rows_SD = workspace.take("rows", shape, hidden_TD.dtype)
         # on CUDA the product of codes rounds its inputs itself
         is_scaled = _is_scaled(experts, hidden_TD.device)
         if experts.round_inputs is not None and not is_scaled:
-            hidden_TD = experts.round_inputs(hidden_TD)
+            hidden_TD = experts.round_inputs(hidden_TD, workspace)
         gather_rows(hidden_TD, rows.slots_S, slots.num_choices, rows_SD)
         gate_up_S2I = _product(rows_SD, weights, weights.up, rows.ends_E, is_scaled=is_scaled)
         active_SI = swiglu(gate_up_S2I, workspace)
         if experts.round_activations is not None and not is_scaled:
-            active_SI = experts.round_activations(active_SI)
+            active_SI = experts.round_activations(active_SI, workspace)
         down_SD = _product(active_SI, weights, weights.down, rows.ends_E, is_scaled=is_scaled)
         results_SD = workspace.take("slots", shape, hidden_TD.dtype)
         rows_to_slots(down_SD, rows.position_of_slot, results_SD)

@@ -19,12 +19,14 @@ class QuantizedRows:
     Args:
         codes: (R, K) float8_e4m3fn or int8; NVFP4 (R, K / 2) uint8, the even column in the low nibble.
         scales: fp32 (R, 1), one for a row, or fp32 (R, ceil(K / 128)); NVFP4 (R, K / 16) float8_e4m3fn.
-        global_scale: NVFP4: fp32 (1,).
+        global_scale: NVFP4: fp32 (1,), or (E,), one for the rows of each expert.
+        is_laid_out: rows lie in the order of a layout, each expert's together, and not in that of tokens.
     """
 
     codes: torch.Tensor
     scales: torch.Tensor
     global_scale: torch.Tensor | None = None
+    is_laid_out: bool = False
 
     @property
     def is_grouped(self) -> bool:

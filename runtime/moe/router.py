@@ -13,6 +13,7 @@ from torch import nn
 
 from converters.config import Glm4MoeConfig
 from runtime.model.linear import unfilled
+from runtime.moe.workspace import Workspace
 
 RENORMALIZE_EPS = 1e-20
 
@@ -69,10 +70,16 @@ class Router(nn.Module):
         choose = choose_in_blocks if self.is_batch_invariant else choose_experts
         return choose(logits_TE, self.bias_E, self.config)
 
-    def logits(self, hidden_TD: torch.Tensor) -> torch.Tensor:
-        """Return router logits (T, E) fp32 of T tokens (T, D) of any float dtype."""
-        multiply = fixed_linear if self.is_batch_invariant else F.linear
-        return multiply(hidden_TD.to(torch.float32), self.weight.to(torch.float32))
+    def logits(self, hidden_TD: torch.Tensor, workspace: Workspace | None = None) -> torch.Tensor:
+        """Return router logits (T, E) fp32 of T tokens (T, D) of any float dtype, in the workspace if there is one."""
+        buffers, weight_ED = workspace or Workspace(hidden_TD.device), self.weight.to(torch.float32)
+        shape = tuple(hidden_TD.shape)
+        if self.is_batch_invariant:
+            return fixed_linear(hidden_TD, weight_ED, buffers)
+        if hidden_TD.dtype is not torch.float32:
+            hidden_TD = buffers.take("router_inputs", shape, torch.float32).copy_(hidden_TD)
+        logits_TE = buffers.take("router_logits", (shape[0], len(weight_ED)), torch.float32)
+        return torch.mm(hidden_TD, weight_ED.T, out=logits_TE)
 
     @property
     def bias_E(self) -> torch.Tensor:  # noqa: N802
@@ -80,13 +87,17 @@ class Router(nn.Module):
         return self.e_score_correction_bias.to(torch.float32)
 
 
-def fixed_linear(hidden_TD: torch.Tensor, weight_ED: torch.Tensor) -> torch.Tensor:
-    """Return hidden times the transposed weight (T, E), computed in products of a fixed number of rows."""
-    num_tokens = len(hidden_TD)
-    padded_TD = F.pad(hidden_TD, (0, 0, 0, -num_tokens % _FIXED_ROWS))
-    blocks_BMD = padded_TD.unflatten(0, (-1, _FIXED_ROWS))
-    weight_BDE = weight_ED.T.expand(len(blocks_BMD), -1, -1)
-    return torch.bmm(blocks_BMD, weight_BDE).flatten(0, 1)[:num_tokens]
+def fixed_linear(hidden_TD: torch.Tensor, weight_ED: torch.Tensor, workspace: Workspace) -> torch.Tensor:
+    """Return hidden times the transposed weight (T, E), fp32, computed in products of a fixed number of rows."""
+    num_tokens, (num_experts, hidden_size) = len(hidden_TD), weight_ED.shape
+    num_blocks = -(-num_tokens // _FIXED_ROWS)
+    blocks_BMD = workspace.take("router_inputs", (num_blocks, _FIXED_ROWS, hidden_size), torch.float32)
+    padded_TD = blocks_BMD.view(-1, hidden_size)
+    padded_TD[:num_tokens].copy_(hidden_TD)
+    padded_TD[num_tokens:].zero_()
+    weight_BDE = weight_ED.T.expand(num_blocks, -1, -1)
+    logits_BME = workspace.take("router_logits", (num_blocks, _FIXED_ROWS, num_experts), torch.float32)
+    return torch.bmm(blocks_BMD, weight_BDE, out=logits_BME).flatten(0, 1)[:num_tokens]
 
 
 def choose_in_blocks(

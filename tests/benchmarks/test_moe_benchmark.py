@@ -1,6 +1,7 @@
 """The benchmark of MoE layers, dry: it goes through all of its steps, times nothing, and never a wrong result."""
 
 import json
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -9,11 +10,13 @@ import pytest
 import torch
 
 from benchmarks import moe
-from benchmarks.moe_chart import roofline_svg
+from benchmarks.moe_chart import roofline_svg, y_of
+from benchmarks.moe_compile import blank_layer, cases
 from benchmarks.moe_counts import count
 from benchmarks.moe_layers import ROUTINGS, Batch, make_batch, make_experts, make_layer
 from benchmarks.moe_peers import Candidate, loop, ours
-from benchmarks.moe_timing import Deadline
+from benchmarks.moe_run import KINDS, Run
+from benchmarks.moe_timing import LIMITS, Deadline
 from runtime.moe import cost
 from runtime.moe.cost import H200, SHAPES, LayerShape
 from runtime.moe.plan import BATCHED
@@ -38,8 +41,8 @@ def test_a_dry_run_checks_everything_and_measures_nothing(dry: dict[str, Any]) -
     assert set(dry["limits"].values()) == {None}
     points = dry["points"]
     assert all(row["is_right"] and row["time"]["median_us"] is None for row in points)
-    assert all("share_of_floor" not in row and row["launches"] is None for row in points)
-    assert {(row["scheme"], row["inputs_as_codes"]) for row in points} == {(str(a), b) for a, b in moe.KINDS}
+    assert all("share_of_floor" not in row and row["time"]["launches"] is None for row in points)
+    assert {(row["scheme"], row["inputs_as_codes"]) for row in points} == {(str(a), b) for a, b in KINDS}
     assert {row["routing"] for row in points} == set(ROUTINGS)
     assert {"triton", "cutlass", "batched", "an expert after the other", "transformers grouped_mm"} <= {
         row["candidate"] for row in points
@@ -62,6 +65,11 @@ def test_the_chart_has_a_dot_for_each_measured_size() -> None:
     svg = roofline_svg(SHAPES["GLM-4.6"], H200, [row | {"time": {"median_us": 1100.0}}])
     assert svg.count("<circle") == 1
     assert "nothing here is measured" not in svg
+    others = [row | {"beside_peers": True, "candidate": name, "is_ours": False, "time": {"median_us": time_us}}
+              for name, time_us in (("a", 1300.0), ("b", 1200.0), ("c", None))]  # fmt: skip
+    svg = roofline_svg(SHAPES["GLM-4.6"], H200, others)
+    assert svg.count("<circle") == svg.count('fill="none" stroke="#1f77b4"/>') == 1
+    assert f'cy="{y_of(1200.0):.1f}"' in svg
 
 
 def forgets_the_last_slot(batch: Batch) -> torch.Tensor:
@@ -86,7 +94,7 @@ def gives_no_number(batch: Batch) -> torch.Tensor:
 def test_a_wrong_result_gets_no_time(wrong: Any) -> None:
     experts = make_experts(make_layer(SHAPE, ExpertScheme.BF16, CPU), is_quantized=False)
     right = next(ours(experts, CPU))
-    run = moe.Run(SHAPE, (3,), CPU, Deadline(60), num_batches=1)
+    run = Run(SHAPE, (3,), CPU, Deadline(60), num_batches=1)
     rows = run.point(experts, [Candidate("wrong", wrong, is_ours=True), right], "uniform", 3)
     found = {row["candidate"]: row for row in rows}
     assert found["triton"]["is_right"]
@@ -96,17 +104,69 @@ def test_a_wrong_result_gets_no_time(wrong: Any) -> None:
 
 
 def test_a_wrong_result_of_ours_fails_the_run(tmp_path: Path) -> None:
-    run = moe.Run(SHAPE, (3,), CPU, Deadline(60), num_batches=1)
+    run = Run(SHAPE, (3,), CPU, Deadline(60), num_batches=1)
     experts = make_experts(make_layer(SHAPE, ExpertScheme.BF16, CPU), is_quantized=False)
     run.points = run.point(experts, [Candidate("wrong", fails, is_ours=True)], "uniform", 3)
     assert moe.finish(run, {"limits": {"read_bytes_per_s": None, "bf16_flop_per_s": None}}, tmp_path) == ["wrong"]
 
 
+def test_what_fails_is_written_with_what_was_known_before(tmp_path: Path) -> None:
+    run = Run(SHAPE, (3,), CPU, Deadline(60), num_batches=1)
+    result: dict[str, Any] = {"limits": dict.fromkeys(LIMITS), "stages": {}, "failed": {}}
+    moe.perform(run, "good", lambda: 7, result, tmp_path)
+
+    def bad() -> None:
+        raise RuntimeError("CUDA error")
+
+    moe.perform(run, "bad", bad, result, tmp_path)
+    written = json.loads((tmp_path / "moe.json").read_text(encoding="utf-8"))
+    assert (written["good"], written["failed"]) == (7, {"bad": "RuntimeError: CUDA error"})
+    assert list(written["stages"]) == ["good", "bad"]
+
+
+def test_a_layer_of_real_width_has_only_numbers() -> None:
+    """Enough random numbers that some are beyond what 8 bits hold."""
+    shape = LayerShape(1024, 1024, 1, 1, 0)
+    for scheme in (ExpertScheme.FP8_CHANNEL, ExpertScheme.INT8_CHANNEL):
+        codes = make_layer(shape, scheme, CPU).up.codes.float()
+        assert torch.isfinite(codes).all()
+        # one that wraps around is nowhere near the mean of those beside it
+        assert codes.abs().max() == {ExpertScheme.FP8_CHANNEL: 448, ExpertScheme.INT8_CHANNEL: 127}[scheme]
+
+
+def test_whatever_is_measured_is_compiled_before() -> None:
+    made = list(cases(SHAPES["GLM-4.6"], KINDS, moe.TOKENS))
+    tiles = {(case.scheme, case.is_quantized, case.tiles) for case in made}
+    assert len(tiles) == len(made)
+    some = replace(made[0], scheme=ExpertScheme.NVFP4, num_tokens=64, is_batch_invariant=True)
+    assert (some.scheme, some.is_quantized, some.tiles) in tiles
+    # sizes and dtypes are those of layers that are measured
+    small = LayerShape(256, 128, 2, 1)
+    for scheme, _ in KINDS:
+        blank, real = blank_layer(small, scheme), make_layer(small, scheme, CPU)
+        for name in ("up", "down"):
+            found, expected = asdict(getattr(blank, name)), asdict(getattr(real, name))
+            kinds = [{key: (x.shape, x.dtype) for key, x in one.items() if x is not None} for one in (found, expected)]
+            assert kinds[0] == kinds[1]
+
+
+def test_an_end_of_a_part_comes_before_that_of_the_whole() -> None:
+    whole = Deadline(100.0)
+    assert whole.part(0.5).has(40)
+    assert not whole.part(0.5).has(60)
+    assert whole.has(60)
+
+
 def test_what_does_not_fit_into_the_time_is_said() -> None:
-    run = moe.Run(SHAPE, (1, 3), CPU, Deadline(0), num_batches=1)
-    run.measure()
+    run = Run(SHAPE, (1, 3), CPU, Deadline(0), num_batches=1)
+    for stage in moe.stages(run).values():
+        stage()
     assert run.points == []
-    assert len(run.left_out) >= len(moe.KINDS) * len(ROUTINGS)
+    # each scheme for both sizes, bf16 beside others as well, and for the smallest with each routing that is not uniform
+    assert len([name for name in run.left_out if " tokens" in name and ", " in name]) >= 2 * len(KINDS) + 2
+    assert {"determinism, bf16", "shared expert, 1 tokens", "bf16, uniform, 3 tokens, beside others"} <= set(
+        run.left_out
+    )
 
 
 def test_shares_are_of_the_measured_floor() -> None:

@@ -18,7 +18,8 @@ from runtime.config import EngineConfig, resolve_device, resolve_dtype
         ({"kernels": "fast"}, "kernels 'fast': expected one of auto, torch, triton"),
         (
             {"kernels": "triton"},
-            "kernels 'triton': expected a GPU of compute capability 9.0 or later, or TRITON_INTERPRET=1, found the CPU. "
+            "kernels 'triton': expected a GPU of compute capability 9.0 or later, or TRITON_INTERPRET=1, "
+            "found the CPU. "
             "Use --kernels torch.",
         ),
         ({"kv_cache_dtype": "int8"}, "kv_cache_dtype 'int8': expected one of auto, fp8"),

@@ -38,7 +38,7 @@ class Product:
         scheme: theirs.
         rows: which expert and slot each row has.
         config: tiles.
-        is_up: rows of the weight are interleaved and inputs are gathered; else inputs lie in the order of rows.
+        is_up: rows of the weight are interleaved, and inputs gathered unless laid out, as those of down are.
         native_fp4: NVFP4 inputs and weights are multiplied as codes, which takes Blackwell.
     """
 
@@ -74,11 +74,23 @@ class Product:
             "IS_INT8": self.codes.dtype is torch.int8,
             "NATIVE_FP4": self.native_fp4,
             "MASKED": isinstance(self.rows, MaskedRows),
+            "A_GLOBALS": int(self._has_global_each),
         }
         programs = self._num_programs(self._max_blocks() * triton.cdiv(num_rows, config.block_n))
         outputs = tuple(tensor for tensor in out if tensor is not None)
         all_constants = shape | kinds | tiles | constants
         return Launch(kernel, programs, arguments, all_constants, outputs, config.num_warps, config.num_stages)
+
+    @property
+    def is_gathered(self) -> bool:
+        """Whether inputs lie in the order of tokens."""
+        return self.is_up and not (isinstance(self.inputs, QuantizedRows) and self.inputs.is_laid_out)
+
+    @property
+    def _has_global_each(self) -> bool:
+        """Whether inputs of each expert have a global scale of their own."""
+        found = self.inputs.global_scale if isinstance(self.inputs, QuantizedRows) else None
+        return found is not None and len(found) > 1
 
     @property
     def _a_scales(self) -> str:
@@ -91,7 +103,7 @@ class Product:
     @property
     def _describes_rows(self) -> bool:
         """Whether inputs are read by a descriptor as well: where they need no gathering."""
-        return self.config.tma and not self.is_up and self.codes.stride(0) * self.codes.itemsize % 16 == 0
+        return self.config.tma and not self.is_gathered and self.codes.stride(0) * self.codes.itemsize % 16 == 0
 
     def _arguments(self) -> tuple[Any, ...]:
         config, inputs, packed = self.config, self.inputs, self.packed

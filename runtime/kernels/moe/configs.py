@@ -130,6 +130,8 @@ def choose(
         up, down = _swapped(scheme, rows, is_quantized=is_quantized)
     else:
         up, down = _wide(scheme, rows, capability, is_quantized=is_quantized)
+    if capability >= BLACKWELL:
+        up, down = _on_blackwell(up, down, scheme, is_quantized=is_quantized)
     is_gemv = rows < GEMV_ROWS and scheme is not ExpertScheme.NVFP4 and not is_quantized
     return Tiles(_described(up, scheme, hidden_size), _described(down, scheme, intermediate_size), is_gemv)
 
@@ -181,6 +183,25 @@ def _wide(scheme: ExpertScheme, rows: float, capability: int, *, is_quantized: b
         # FP8 sums of a step are added to those of all
         config = replace(config, block_n=128, num_stages=4)
     return config, config
+
+
+def _on_blackwell(
+    up: TileConfig, down: TileConfig, scheme: ExpertScheme, *, is_quantized: bool
+) -> tuple[TileConfig, TileConfig]:
+    """Share registers out to more warps, or take narrower tiles, where they would spill otherwise.
+
+    Sums of a step come out of tensor memory as a whole to be scaled and added to those of all.
+    """
+    if scheme in (ExpertScheme.INT8_CHANNEL, ExpertScheme.NVFP4) and not is_quantized:
+        block_k = 64 if scheme is ExpertScheme.INT8_CHANNEL and up.block_m == 128 else up.block_k
+        up, down = (replace(config, num_warps=8, block_k=block_k) for config in (up, down))
+    elif scheme is ExpertScheme.FP8_BLOCK and is_quantized and not up.swap_ab:
+        up = replace(up, block_n=64)
+    elif scheme is ExpertScheme.FP8_BLOCK and is_quantized and up.block_m == 64:
+        up = replace(up, block_n=128)
+    elif scheme is ExpertScheme.FP8_BLOCK and is_quantized and up.block_m == 32:
+        up = replace(up, num_warps=8)
+    return up, down
 
 
 def shipped() -> tuple[Shipped, ...]:

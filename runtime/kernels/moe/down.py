@@ -44,6 +44,7 @@ def down_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     SWAP_AB: tl.constexpr,
+    A_GLOBALS: tl.constexpr,
 ) -> None:
     """Write (S, N): the rows in use times their expert's weight and their slot's routing weight."""
     num_columns: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
@@ -59,6 +60,7 @@ def down_kernel(
                 a, a_scale_ptr, a_global_ptr, w, w_scale_ptr, w_global_ptr,
                 first, first + tl.arange(0, BLOCK_M), is_row_M, expert, first_n,
                 N, K, False, A_SCALES, W_SCALES, IS_INT8, NATIVE_FP4, BLOCK_M, BLOCK_N, BLOCK_K, SWAP_AB, A_TMA, W_TMA,
+                A_GLOBALS,
             )  # fmt: skip
             total_MN *= tl.load(topk_weights_ptr + slot_M, mask=is_row_M, other=0.0)[:, None]
             column_1N = (first_n + tl.arange(0, BLOCK_N))[None, :]

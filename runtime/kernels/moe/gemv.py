@@ -50,7 +50,7 @@ def tile(scheme: ExpertScheme, *, is_up: bool) -> GemvTile:
 
 
 @triton.jit
-def _dot(
+def row_products(
     input_ptr: tl.tensor,
     codes_ptr: tl.tensor,
     scales_ptr: tl.tensor,
@@ -117,7 +117,7 @@ def up_rows(
             scale_N = expert * height + row_N
         input_ptr = hidden_ptr + slot // SLOTS * HIDDEN
         matrix_ptr = codes_ptr + expert * height * HIDDEN
-        total_N = _dot(input_ptr, matrix_ptr, scales_ptr, row_N, is_row_N, scale_N, HIDDEN, SCALES, COLUMNS)
+        total_N = row_products(input_ptr, matrix_ptr, scales_ptr, row_N, is_row_N, scale_N, HIDDEN, SCALES, COLUMNS)
     gate_M, up_M = tl.split(tl.reshape(total_N, (ROWS // 2, 2)))
     value_M = stored(silu(gate_M) * up_M, out_ptr.dtype.element_ty)
     row_M = part * (ROWS // 2) + tl.arange(0, ROWS // 2)
@@ -159,7 +159,9 @@ def down_rows(
                 scale_N = expert * HIDDEN + row_N
             input_ptr = activated_ptr + slot * INTERMEDIATE
             matrix_ptr = codes_ptr + expert * HIDDEN * INTERMEDIATE
-            value_N = _dot(input_ptr, matrix_ptr, scales_ptr, row_N, is_row_N, scale_N, INTERMEDIATE, SCALES, COLUMNS)
+            value_N = row_products(
+                input_ptr, matrix_ptr, scales_ptr, row_N, is_row_N, scale_N, INTERMEDIATE, SCALES, COLUMNS
+            )
             total_N += value_N * tl.load(weights_ptr + slot)
     place_N = token * HIDDEN + row_N
     if HAS_RESIDUAL:

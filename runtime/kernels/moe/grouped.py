@@ -162,6 +162,7 @@ def grouped_product(
     SWAP_AB: tl.constexpr,
     A_TMA: tl.constexpr,
     W_TMA: tl.constexpr,
+    A_GLOBALS: tl.constexpr,
 ) -> tl.tensor:
     """Return fp32 (M, N): rows times a weight's rows, all scales applied.
 
@@ -177,6 +178,7 @@ def grouped_product(
         W_SCALES: "none", "channel", "block" or "group".
         IS_INT8: both sides are.
         NATIVE_FP4: codes of both sides go to the matrix unit as they are.
+        A_GLOBALS: 1 where each expert has a global scale of its inputs, 0 where there is one.
     """
     A_PACK: tl.constexpr = 2 if A_SCALES == "group" else 1
     W_PACK: tl.constexpr = 2 if W_SCALES == "group" else 1
@@ -223,5 +225,5 @@ def grouped_product(
     if W_SCALES == "group":
         total_MN *= tl.load(w_global_ptr + expert) * (1.0 if is_native else E2M1_FACTOR)
     if A_SCALES == "group":
-        total_MN *= tl.load(a_global_ptr) * (1.0 if is_native else E2M1_FACTOR)
+        total_MN *= tl.load(a_global_ptr + expert * A_GLOBALS) * (1.0 if is_native else E2M1_FACTOR)
     return total_MN

@@ -1,4 +1,4 @@
-"""Rows of activations as FP8 or INT8 codes, as engines make them at run time, a row to a program.
+"""Rows of activations as FP8 or INT8 codes, as engines make them at run time, a row or a slot to a program.
 
 Shapes: R rows, K columns, G groups of C columns, of which there may be more than a row has.
 """
@@ -17,7 +17,7 @@ def quantize_rows_kernel(
     values_ptr: tl.tensor,
     codes_ptr: tl.tensor,
     scales_ptr: tl.tensor,
-    slots_ptr: tl.tensor,
+    position_ptr: tl.tensor,
     K: tl.constexpr,
     NUM_SCALES: tl.constexpr,
     GROUPS: tl.constexpr,
@@ -25,11 +25,12 @@ def quantize_rows_kernel(
     LARGEST: tl.constexpr,
     IS_INT8: tl.constexpr,
 ) -> None:
-    """Write a row's codes and scales: max|x| / LARGEST of each group; a row whose slot is below 0 is left out."""
+    """Write a row's codes and scales: max|x| / LARGEST of each group; none for a slot whose row is below 0."""
     row = tl.program_id(0).to(tl.int64)
     is_row = True
-    if slots_ptr is not None:
-        is_row = tl.load(slots_ptr + row) >= 0
+    if position_ptr is not None:
+        row = tl.load(position_ptr + row).to(tl.int64)
+        is_row = row >= 0
     group_G = tl.arange(0, GROUPS)
     column_GC = group_G[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     is_value_GC = (column_GC < K) & is_row
@@ -47,7 +48,9 @@ def quantize_rows_kernel(
     tl.store(scales_ptr + row * NUM_SCALES + group_G, scale_G, mask=(group_G < NUM_SCALES) & is_row)
 
 
-def quantize_rows_launch(values_RK: torch.Tensor, out: QuantizedRows, slots_R: torch.Tensor | None = None) -> Launch:
+def quantize_rows_launch(
+    values_RK: torch.Tensor, out: QuantizedRows, position_of_slot: torch.Tensor | None = None
+) -> Launch:
     """Return the launch of `quantize_rows`."""
     num_rows, num_columns = values_RK.shape
     is_int8 = out.codes.dtype is torch.int8
@@ -61,18 +64,21 @@ def quantize_rows_launch(values_RK: torch.Tensor, out: QuantizedRows, slots_R: t
         "IS_INT8": is_int8,
     }
     codes = out.codes if is_int8 else out.codes.view(torch.uint8)
-    arguments = (values_RK, codes, out.scales, slots_R)
-    return Launch(quantize_rows_kernel, num_rows, arguments, constants, (out.codes, out.scales), num_warps=8)
+    arguments = (values_RK, codes, out.scales, position_of_slot)
+    programs = num_rows if position_of_slot is None else len(position_of_slot)
+    return Launch(quantize_rows_kernel, programs, arguments, constants, (out.codes, out.scales), num_warps=8)
 
 
-def quantize_rows(values_RK: torch.Tensor, out: QuantizedRows, slots_R: torch.Tensor | None = None) -> QuantizedRows:
+def quantize_rows(
+    values_RK: torch.Tensor, out: QuantizedRows, position_of_slot: torch.Tensor | None = None
+) -> QuantizedRows:
     """Write codes and scales of rows into `out`, and return it.
 
     Args:
         values_RK: (R, K) bf16, fp16 or fp32, contiguous.
         out: codes float8_e4m3fn or int8; scales (R, 1), or (R, ceil(K / 128)).
-        slots_R: int32, R values in any shape; rows whose slot is negative keep what they hold.
+        position_of_slot: int32 (S,), the rows in use, each once, or -1; others keep what they hold. None: all rows.
     Twin: `runtime.kernels.twins.quantize_rows.quantize_rows`; the same values as `model.activations.InputQuantizer`.
     """
-    quantize_rows_launch(values_RK, out, slots_R).run()
+    quantize_rows_launch(values_RK, out, position_of_slot).run()
     return out

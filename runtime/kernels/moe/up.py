@@ -19,6 +19,7 @@ from runtime.moe.inputs import INPUT_GROUP, Inputs, QuantizedRows, Rows
 from runtime.moe.weights import ExpertWeights
 
 _LARGEST = tl.constexpr(448.0)
+_DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
 
 @triton.jit
@@ -80,10 +81,13 @@ def up_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     SWAP_AB: tl.constexpr,
+    A_GLOBALS: tl.constexpr,
+    GATHERED: tl.constexpr,
     TOP_K: tl.constexpr,
     GROUP: tl.constexpr,
+    ROUNDING: tl.constexpr,
 ) -> None:
-    """Write silu(gate) * up (R, N / 2) of the rows in use, as codes if there is an `out_scale_ptr`."""
+    """Write silu(gate) * up (R, N / 2) of the rows in use, as codes of ROUNDING if there is an `out_scale_ptr`."""
     num_columns: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
     num_blocks = blocks_in_use(num_blocks_ptr, num_experts, capacity, BLOCK_M, MASKED)
     tile = tl.program_id(0)
@@ -93,15 +97,18 @@ def up_kernel(
         if is_used:
             first_n = column * BLOCK_N
             is_row_M = slot_M >= 0
+            input_M = slot_M // TOP_K if GATHERED else first + tl.arange(0, BLOCK_M)
             total_MN = grouped_product(
                 a, a_scale_ptr, a_global_ptr, w, w_scale_ptr, w_global_ptr,
-                first, slot_M // TOP_K, is_row_M, expert, first_n,
+                first, input_M, is_row_M, expert, first_n,
                 N, K, True, A_SCALES, W_SCALES, IS_INT8, NATIVE_FP4, BLOCK_M, BLOCK_N, BLOCK_K, SWAP_AB, A_TMA, W_TMA,
+                A_GLOBALS,
             )  # fmt: skip
             gate_MI, up_MI = tl.split(tl.reshape(total_MN, (BLOCK_M, BLOCK_N // 2, 2)))
             value_MI = silu(gate_MI) * up_MI
             row_M = first + tl.arange(0, BLOCK_M)
             if out_scale_ptr is not None:
+                value_MI = stored(value_MI, ROUNDING).to(tl.float32)
                 _store_codes(value_MI, out_ptr, out_scale_ptr, row_M, is_row_M, first_n // 2, N // 2, GROUP)
             else:
                 column_1I = (first_n // 2 + tl.arange(0, BLOCK_N // 2))[None, :]
@@ -119,11 +126,18 @@ def up_launch(
     config: TileConfig,
     *,
     native_fp4: bool = False,
+    rounded_to: torch.dtype = torch.float32,
 ) -> Launch:
     """Return the launch of `up`."""
-    num_tokens = len(inputs.codes if isinstance(inputs, QuantizedRows) else inputs)
     product = Product(inputs, weights.up, weights.scheme, rows, config, is_up=True, native_fp4=native_fp4)
-    constants: dict[str, Any] = {"TOP_K": len(rows.position_of_slot) // num_tokens, "GROUP": INPUT_GROUP}
+    num_inputs = len(product.codes)
+    constants: dict[str, Any] = {
+        "GATHERED": product.is_gathered,
+        "TOP_K": len(rows.position_of_slot) // num_inputs if product.is_gathered else 1,
+        "GROUP": INPUT_GROUP,
+        # one kernel for all that write no codes
+        "ROUNDING": _DTYPES[rounded_to] if isinstance(out, QuantizedRows) else tl.float32,
+    }
     if isinstance(out, QuantizedRows):
         assert config.block_n % (2 * INPUT_GROUP) == 0, config
         return product.launch(up_kernel, (out.codes.view(torch.uint8), out.scales), constants)
@@ -138,18 +152,20 @@ def up(
     config: TileConfig,
     *,
     native_fp4: bool = False,
+    rounded_to: torch.dtype = torch.float32,
 ) -> Inputs:
     """Write the SwiGLU, silu(gate) * up, of every row in use into `out`, and return it.
 
     Args:
-        inputs: (T, H), of the weights' dtype if these are plain, or codes of their kind.
+        inputs: (T, H), of the weights' dtype if these are plain, or codes of their kind; or (R, H) in order of rows.
         weights: of all experts.
         rows: the layout; its blocks are of the config's block_m.
         out: (R, I) of a float dtype, or float8_e4m3fn codes with a scale for each 128 columns, for which tiles have to
             be a multiple of 256 weight rows. Rows not in use keep what they hold.
         config: tiles.
         native_fp4: multiply NVFP4 codes as they are, where inputs are NVFP4 as well.
+        rounded_to: before results become codes, they are rounded to it, as if they had been stored in between.
     Sums, scales and SwiGLU are fp32; the result is rounded once. Twin: `runtime.kernels.twins.up.up`.
     """
-    up_launch(inputs, weights, rows, out, config, native_fp4=native_fp4).run()
+    up_launch(inputs, weights, rows, out, config, native_fp4=native_fp4, rounded_to=rounded_to).run()
     return out

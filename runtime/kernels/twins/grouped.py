@@ -34,7 +34,7 @@ def chosen_rows(inputs: Inputs, rows_M: torch.Tensor) -> Inputs:
     # not all float8 operators index
     codes = inputs.codes.view(torch.uint8)[rows_M].view(inputs.codes.dtype)
     scales = inputs.scales.view(torch.uint8)[rows_M].view(inputs.scales.dtype)
-    return QuantizedRows(codes, scales, inputs.global_scale)
+    return QuantizedRows(codes, scales, inputs.global_scale, inputs.is_laid_out)
 
 
 def grouped_product(
@@ -71,7 +71,7 @@ def grouped_product(
     if packed.global_scale is not None:
         total_MN *= packed.global_scale[expert]
     if isinstance(inputs, QuantizedRows) and inputs.global_scale is not None:
-        total_MN *= inputs.global_scale
+        total_MN *= inputs.global_scale[expert if len(inputs.global_scale) > 1 else 0]
     return total_MN
 
 

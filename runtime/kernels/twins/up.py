@@ -19,18 +19,21 @@ def up(
     config: Any = None,
     *,
     native_fp4: bool = False,
+    rounded_to: torch.dtype = torch.float32,
 ) -> Inputs:
     """Write the SwiGLU, silu(gate) * up, of every row in use into `out`, and return it.
 
     Arguments as those of the kernel; `config` and `native_fp4` change no value here.
     """
     num_tokens = len(inputs.codes if isinstance(inputs, QuantizedRows) else inputs)
-    top_k = len(rows.position_of_slot) // num_tokens
+    is_laid_out = isinstance(inputs, QuantizedRows) and inputs.is_laid_out
     for expert, positions_M, slots_M in rows_by_expert(rows):
-        rows_MH = chosen_rows(inputs, slots_M // top_k)
+        rows_MH = chosen_rows(
+            inputs, positions_M if is_laid_out else slots_M // (len(rows.position_of_slot) // num_tokens)
+        )
         total_MN = grouped_product(rows_MH, weights.up, weights.scheme, expert, is_interleaved=True)
         value_MI = F.silu(total_MN[:, 0::2]) * total_MN[:, 1::2]
-        _store(out, positions_M, value_MI)
+        _store(out, positions_M, value_MI.to(rounded_to) if isinstance(out, QuantizedRows) else value_MI)
     return out
 
 

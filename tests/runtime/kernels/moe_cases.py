@@ -55,7 +55,8 @@ def inputs(scheme: ExpertScheme, num_rows: int, num_columns: int, *, is_quantize
         return empty(num_rows, num_columns, dtype=scheme.code_dtype if scheme.is_plain else torch.bfloat16)
     if scheme is ExpertScheme.NVFP4:
         scales = empty(num_rows, num_columns // GROUP, dtype=torch.float8_e4m3fn)
-        return QuantizedRows(empty(num_rows, num_columns // 2, dtype=torch.uint8), scales, empty(1))
+        codes, globals_E = empty(num_rows, num_columns // 2, dtype=torch.uint8), empty(EXPERTS)
+        return QuantizedRows(codes, scales, globals_E, is_laid_out=True)
     num_scales = num_columns // BLOCK if scheme is ExpertScheme.FP8_BLOCK else 1
     return QuantizedRows(empty(num_rows, num_columns, dtype=scheme.code_dtype), empty(num_rows, num_scales))
 
@@ -79,11 +80,13 @@ def product(shipped: Shipped, *, to_codes: bool = False) -> Launch:
     is_native = scheme is ExpertScheme.NVFP4 and shipped.is_quantized and shipped.capability == BLACKWELL
     made = weights(scheme)
     if shipped.op == "up":
-        given = inputs(scheme, TOKENS, HIDDEN, is_quantized=shipped.is_quantized)
+        # NVFP4 inputs are laid out before they become codes
+        num_inputs = num_rows if is_native else TOKENS
+        given = inputs(scheme, num_inputs, HIDDEN, is_quantized=shipped.is_quantized)
         out: Inputs = empty(num_rows, INTERMEDIATE, dtype=dtype)
         if to_codes:
             out = new_quantized_rows(num_rows, INTERMEDIATE, scheme.code_dtype, META, is_grouped=True)
-        return up_launch(given, made, rows, out, config, native_fp4=is_native)
+        return up_launch(given, made, rows, out, config, native_fp4=is_native, rounded_to=dtype)
     given = inputs(scheme, num_rows, INTERMEDIATE, is_quantized=shipped.is_quantized)
     out = empty(TOKENS * CHOICES, HIDDEN, dtype=dtype)
     return down_launch(given, made, rows, empty(TOKENS, CHOICES), out, config, native_fp4=is_native)

@@ -12,12 +12,15 @@ import triton.language as tl
 
 from converters.formats.inputs import InputCode, InputScheme
 from runtime.kernels.moe import down, grouped, up
+from runtime.kernels.moe import quantize_fp4 as fp4
 from runtime.kernels.moe import quantize_rows as kernel
+from runtime.kernels.twins import quantize_fp4 as fp4_twin
 from runtime.kernels.twins import quantize_rows as twin
 from runtime.model.activations import InputQuantizer
-from runtime.moe.inputs import new_quantized_rows
-from runtime.moe.layouts import contiguous_rows
-from tests.runtime.kernels.moe_grouped import LARGE, SMALL, Case, run_case
+from runtime.moe.inputs import QuantizedRows, new_quantized_rows
+from runtime.moe.layouts import MaskedRows, contiguous_rows, masked_rows
+from runtime.moe.weights import unpacked_e2m1
+from tests.runtime.kernels.moe_grouped import LARGE, SMALL, Case, experts_of_rows, run_case
 from tests.runtime.kernels.moe_layers import Layer
 
 TINY = Layer(tokens=5, experts=3, hidden=48, intermediate=32)
@@ -60,7 +63,11 @@ def canaries() -> dict[str, dict[str, Any]]:
 
 def properties() -> dict[str, Any]:
     """Return what should be empty, or true, of everything else."""
-    return {"dependent rows": dependent_rows(), "wrong codes": wrong_codes(), "NaN spreads": spread_of_nan()}
+    return {
+        "dependent rows": dependent_rows(),
+        "wrong codes": wrong_codes() + wrong_fp4_codes(),
+        "NaN spreads": spread_of_nan(),
+    }
 
 
 def results(layer: Layer, ids: torch.Tensor, hidden: torch.Tensor, config: Any) -> torch.Tensor:
@@ -110,8 +117,9 @@ def wrong_codes() -> list[str]:
             for columns, is_grouped in ((200, False), (384, True), (128, False)):
                 name = f"{dtype} {code_dtype} {columns} {is_grouped=}"
                 values = _hard_rows(columns).to(dtype)
-                slots = torch.zeros(len(values), dtype=torch.int32)
-                slots[3] = -1
+                # row 3 is nobody's, and a slot has no row
+                position = torch.tensor([*range(len(values))], dtype=torch.int32).flip(0)
+                position[position == 3] = -1
                 outs = [
                     new_quantized_rows(len(values), columns, code_dtype, values.device, is_grouped=is_grouped)
                     for _ in range(2)
@@ -119,8 +127,8 @@ def wrong_codes() -> list[str]:
                 for out in outs:
                     out.codes.view(torch.uint8).fill_(0x11)
                     out.scales.fill_(7)
-                kernel.quantize_rows(values, outs[0], slots)
-                twin.quantize_rows(values, outs[1], slots)
+                kernel.quantize_rows(values, outs[0], position)
+                twin.quantize_rows(values, outs[1], position)
                 if not torch.equal(outs[0].codes.view(torch.uint8), outs[1].codes.view(torch.uint8)):
                     found.append(f"{name}: codes")
                 if not torch.equal(outs[0].scales, outs[1].scales) or not bool((outs[0].scales[3] == 7).all()):
@@ -129,8 +137,39 @@ def wrong_codes() -> list[str]:
                 simulated = InputQuantizer(scheme)(values.float())
                 width = 128 if is_grouped else columns
                 made = outs[0].codes.float() * outs[0].scales.repeat_interleave(width, 1)
-                if not torch.equal(made[slots == 0], simulated[slots == 0]):
+                used = position[position >= 0].long()
+                if not torch.equal(made[used], simulated[used]):
                     found.append(f"{name}: values")
+    return found
+
+
+def wrong_fp4_codes() -> list[str]:
+    """Return where NVFP4 codes of rows are not the twin's, or their values not those of simulated inputs."""
+    found, factors = [], torch.tensor([2688 / 4.5, 90.0, 1e-3, 3e6])
+    values = _hard_rows(208)
+    ids = torch.tensor([[0, 1], [2, 3], [-1, 0], [3, 2], [1, -1], [2, 0], [1, 3], [0, 3], [-1, -1]])
+    for name, rows in (("blocks", contiguous_rows(ids, 4, 16)), ("masked", masked_rows(ids, 4, 9))):
+        slots = (rows.slots if isinstance(rows, MaskedRows) else rows.slots_P).flatten().long()
+        for is_gathered, given in ((True, values), (False, values[slots.clamp(min=0) // 2].bfloat16())):
+            sizes, outs = len(slots), []
+            for make in (fp4, fp4_twin):
+                scales = torch.full((sizes, 13), 7.0).to(torch.float8_e4m3fn)
+                out = QuantizedRows(torch.full((sizes, 104), 0x11, dtype=torch.uint8), scales, is_laid_out=True)
+                outs.append(make.quantize_fp4_rows(given, factors, rows, out, is_gathered=is_gathered))
+            if not torch.equal(outs[0].codes, outs[1].codes):
+                found.append(f"fp4 {name} {is_gathered=}: codes")
+            if not torch.equal(outs[0].scales.view(torch.uint8), outs[1].scales.view(torch.uint8)):
+                found.append(f"fp4 {name} {is_gathered=}: scales")
+            if not bool((outs[0].codes[slots < 0] == 0x11).all()):
+                found.append(f"fp4 {name} {is_gathered=}: rows that are not used")
+            experts = experts_of_rows(rows)
+            for row in (slots >= 0).nonzero().flatten().tolist():
+                factor = float(factors[experts[row]])
+                simulated = InputQuantizer(InputScheme(InputCode.NVFP4, 16, is_static=True), factor)
+                source = given[slots[row] // 2 if is_gathered else row].float()
+                made = unpacked_e2m1(outs[0].codes[row]) * (outs[0].scales[row].float() / factor).repeat_interleave(16)
+                if not torch.equal(made, simulated(source[None])[0]):
+                    found.append(f"fp4 {name} {is_gathered=}: values of row {row}")
     return found
 
 

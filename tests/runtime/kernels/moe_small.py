@@ -1,4 +1,4 @@
-"""Routing, index, GEMV and combine held against their twins; run as a program, it says what differs as JSON.
+"""Router, routing, index, GEMV and combine held against their twins; run as a program, it says what differs as JSON.
 
 The interpreter has to be chosen before triton is imported: TRITON_INTERPRET=1 python -m tests.runtime.kernels.moe_small
 """
@@ -43,6 +43,49 @@ def choices(seed: int, num_tokens: int, num_slots: int, num_experts: int, *, fil
     ids = normal(seed, num_tokens, num_experts).argsort(1)[:, :num_slots].to(torch.int32)
     is_filtered = torch.rand(ids.shape, generator=torch.Generator().manual_seed(seed)) < filtered
     return ids.masked_fill(is_filtered, -1)
+
+
+# --- router
+
+
+@dataclass(frozen=True)
+class LogitsCase:
+    """Tokens, experts, the hidden size, and dtypes of inputs and weights."""
+
+    num_tokens: int
+    num_experts: int
+    hidden: int
+    dtype: torch.dtype
+    weight_dtype: torch.dtype
+
+    def differences(self, device: str) -> list[str]:
+        from runtime.kernels.moe.router_logits import router_logits
+        from runtime.kernels.twins import router_logits as twin
+
+        hidden = normal(1, self.num_tokens, self.hidden).to(self.dtype)
+        weight = normal(2, self.num_experts, self.hidden).to(self.weight_dtype)
+        exact = hidden.double() @ weight.double().T
+        # terms are rounded once and added
+        error = (hidden.double().abs() @ weight.double().abs().T) * gamma(self.hidden + 1)
+        found = poison(exact.shape, FP32, device)
+        there = hidden.to(device), weight.to(device)
+        assert router_logits(*there, out=found) is found
+        lone = router_logits(there[0][-1:], there[1])
+        theirs = twin.router_logits(hidden, weight)
+        return [
+            *beyond("logits", found.cpu(), exact, error),
+            *beyond("logits, twin", theirs, exact, error),
+            *unequal("logits of a token alone", lone.cpu(), found[-1:].cpu()),
+            *unequal("logits, new", router_logits(*there).cpu(), found.cpu()),
+        ]
+
+
+def logits_cases() -> Iterator[tuple[str, LogitsCase]]:
+    for number, num_tokens in enumerate((1, 3, 16)):
+        yield f"logits bf16 {num_tokens}", LogitsCase(num_tokens, 5 + number, 700, BF16, BF16)
+    yield "logits fp16", LogitsCase(2, 3, 96, FP16, FP16)
+    yield "logits fp32", LogitsCase(2, 160, 72, FP32, FP32)
+    yield "logits mixed", LogitsCase(3, 8, 513, BF16, FP32)
 
 
 # --- routing
@@ -398,12 +441,18 @@ def combine_cases() -> Iterator[tuple[str, CombineCase]]:
     yield "combine all filtered", CombineCase(BF16, torch.full((2, 3), -1, dtype=torch.int32), 40, has_residual=False)
 
 
-Case = RouteCase | IndexCase | GemvCase | CombineCase
+Case = LogitsCase | RouteCase | IndexCase | GemvCase | CombineCase
 
 
 def cases() -> dict[str, Case]:
     """Return all cases by name."""
-    return {**dict(route_cases()), **dict(index_cases()), **dict(gemv_cases()), **dict(combine_cases())}
+    return {
+        **dict(logits_cases()),
+        **dict(route_cases()),
+        **dict(index_cases()),
+        **dict(gemv_cases()),
+        **dict(combine_cases()),
+    }
 
 
 if __name__ == "__main__":

@@ -9,8 +9,10 @@ from runtime.kernels.launch import Launch
 from runtime.kernels.moe.build_rows import build_masked_rows_launches, build_rows_launches
 from runtime.kernels.moe.combine import combine_launch
 from runtime.kernels.moe.gemv import down_gemv_launch, up_gemv_launch
+from runtime.kernels.moe.quantize_fp4 import quantize_fp4_rows_launch
 from runtime.kernels.moe.quantize_rows import quantize_rows_launch
 from runtime.kernels.moe.route import route_launch
+from runtime.kernels.moe.router_logits import router_logits_launch
 from runtime.kernels.ops.inputs import HeadNorms, KvPages, PagedBatch
 from runtime.kernels.ops.paged_attention import paged_attention_launches
 from runtime.kernels.ops.rms_norm import rms_norm_launch
@@ -19,7 +21,18 @@ from runtime.kernels.ops.sampling import philox_uniforms_launch, sample_launch
 from runtime.kernels.ops.write_pages import write_pages_launch
 from runtime.moe.inputs import new_quantized_rows
 from runtime.moe.weights import ExpertScheme
-from tests.runtime.kernels.moe_cases import CHOICES, EXPERTS, HIDDEN, INTERMEDIATE, META, TOKENS, empty, weights
+from tests.runtime.kernels.moe_cases import (
+    CHOICES,
+    EXPERTS,
+    HIDDEN,
+    INTERMEDIATE,
+    META,
+    TOKENS,
+    blocks,
+    empty,
+    inputs,
+    weights,
+)
 
 BF16, E4M3 = torch.bfloat16, torch.float8_e4m3fn
 HEADS, KV_HEADS, HEAD_DIM, PAGE, VOCAB = 96, 8, 128, 16, 151552
@@ -30,6 +43,9 @@ GEMV_SCHEMES = (
 
 def routing(config: Glm4MoeConfig) -> Iterator[tuple[str, Launch]]:
     """Yield what chooses experts and sorts slots: few in one run, many in several."""
+    for name, dtype in (("bf16", BF16), ("fp32", torch.float32)):
+        weight = empty(EXPERTS - 1, HIDDEN, dtype=dtype)
+        yield f"router_logits {name}", router_logits_launch(empty(16, HIDDEN, dtype=BF16), weight)
     yield "route", route_launch(empty(TOKENS, EXPERTS - 1), empty(EXPERTS - 1), config, num_shared=1)
     for num_tokens, block_m in ((1, 16), (256, 32), (TOKENS, 128)):
         ids = empty(num_tokens, CHOICES, dtype=torch.int32)
@@ -46,6 +62,14 @@ def rows() -> Iterator[tuple[str, Launch]]:
     for name, dtype, is_grouped in (("fp8", E4M3, False), ("fp8 grouped", E4M3, True), ("int8", torch.int8, False)):
         out = new_quantized_rows(TOKENS, HIDDEN, dtype, META, is_grouped=is_grouped)
         yield f"quantize_rows {name}", quantize_rows_launch(hidden, out)
+    placed = blocks(128)
+    for name, given in (("tokens", hidden), ("rows", empty(len(placed.slots_P), INTERMEDIATE, dtype=BF16))):
+        out = inputs(ExpertScheme.NVFP4, len(placed.slots_P), given.shape[1], is_quantized=True)
+        is_gathered = name == "tokens"
+        yield (
+            f"quantize_fp4 {name}",
+            quantize_fp4_rows_launch(given, empty(EXPERTS), placed, out, is_gathered=is_gathered),
+        )
     yield "combine", combine_launch(values, ids)
     yield "combine residual", combine_launch(values, ids, residual_TH=hidden)
     yield "combine norm", combine_launch(values, ids, residual_TH=hidden, norm=(norm, 1e-5))

@@ -38,7 +38,8 @@ def random_experts(
         if scheme.code_dtype is torch.int8:
             codes = torch.randint(-128, 128, shape, generator=g, dtype=torch.int8)
             return Packed(codes, scales * scale / 70)
-        return Packed((torch.randn(shape, generator=g) * 100).to(torch.float8_e4m3fn), scales * scale / 100)
+        codes = (torch.randn(shape, generator=g) * 100).clamp(-448, 448).to(torch.float8_e4m3fn)
+        return Packed(codes, scales * scale / 100)
 
     rows, columns = cells(intermediate_size), cells(hidden_size)
     up = packed(2 * intermediate_size, hidden_size, (2, rows, columns))

@@ -13,12 +13,14 @@ from runtime.moe.batched import BatchedExperts
 from runtime.moe.dispatcher import Slots, combine_slots
 from runtime.moe.expert_map import ExpertMap
 from runtime.moe.experts import LocalExperts
-from runtime.moe.fused import FusedExperts, FusedOps
+from runtime.moe.fused import FusedExperts
+from runtime.moe.fused_ops import FusedOps
 from runtime.moe.layouts import FILTERED
 from runtime.moe.plan import TRITON, VANILLA_PLAN, LayerPlan, MoePlan
 from runtime.moe.weights import ExpertScheme, ExpertWeights, Packed
 from runtime.moe.workspace import Workspace
 from tests.builders import small_config
+from tests.runtime.moe import interpreted_rows as rows
 from tests.runtime.moe.expert_layers import exact_layer, random_experts, random_slots
 from tests.runtime.moe.moe_blocks import filled_moe
 
@@ -108,7 +110,15 @@ def report() -> dict[str, float]:
     for ranks, held in HELD.items():
         for layout in ("contiguous", "masked"):
             found[f"{ranks}, {layout}"] = ranks_difference(held, is_masked=layout == "masked")
-    return found | roundings | {"block": block_difference()}
+    norms = {f"norm, {name}": share for name, share in rows.norm_differences().items()}
+    fp4 = {
+        "rounded nvfp4": rows.fp4_difference(6, is_masked=False),
+        "rounded nvfp4, masked": rows.fp4_difference(1, is_masked=True),
+    }
+    bits = {f"bits, {name}": count for name, count in rows.dependent_rows().items()} | {
+        "bits of codes": rows.different_codes()
+    }
+    return found | roundings | norms | fp4 | bits | {"block": block_difference()}
 
 
 if __name__ == "__main__":

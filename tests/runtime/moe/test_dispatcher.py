@@ -1,6 +1,8 @@
+import pytest
 import torch
 
 from runtime.moe.dispatcher import combine, dispatch
+from runtime.moe.experts import vanilla_experts
 
 
 def test_dispatch_groups_rows_by_expert_in_token_order():
@@ -44,3 +46,39 @@ def test_combine_adds_in_the_order_of_experts_whatever_the_order_of_choices():
         dispatched = dispatch(torch.ones(1, 1), torch.tensor([ids]), num_experts=3)
         assert combine(by_expert, torch.ones(1, 3), dispatched).item() == 1 + 2 * tiny
         assert combine(by_expert.flip(0), torch.ones(1, 3), dispatched).item() == 1.0
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_filtered_slots_have_no_row_and_add_nothing(dtype):
+    hidden = torch.arange(6.0).view(3, 2)
+    ids = torch.tensor([[-1, 0], [1, -1], [-1, -1]], dtype=dtype)
+    dispatched = dispatch(hidden, ids, num_experts=3)
+    assert dispatched.rows_per_expert_E.tolist() == [1, 1, 0]
+    assert dispatched.slots_R.tolist() == [1, 2]
+    assert torch.equal(dispatched.rows_RD, hidden[:2])
+    weights = torch.tensor([[0.5, 3.0], [2.0, 0.5], [1.0, 1.0]])
+    assert torch.equal(combine(dispatched.rows_RD, weights, dispatched), hidden * torch.tensor([[3.0], [2.0], [0.0]]))
+
+
+def test_a_rank_may_have_no_row_at_all():
+    dispatched = dispatch(torch.ones(2, 4, dtype=torch.bfloat16), torch.full((2, 3), -1), num_experts=2)
+    rows = vanilla_experts(dispatched.rows_RD, dispatched.rows_per_expert_E, [lambda part: part] * 2)
+    assert torch.equal(combine(rows, torch.ones(2, 3), dispatched), torch.zeros(2, 4))
+
+
+@pytest.mark.parametrize("num_ranks", [2, 3])
+def test_parts_of_ranks_add_up_to_the_whole(num_ranks):
+    """Results are whole numbers, so that no order of additions matters."""
+    ids = torch.stack([torch.randperm(6)[:3] for _ in range(9)])
+    hidden, weights = torch.randint(-8, 8, (9, 4)).float(), torch.randint(1, 4, (9, 3)).float()
+    experts = [lambda part, factor=factor: part * factor for factor in range(1, 7)]
+
+    def part(local: torch.Tensor, held: list[int]) -> torch.Tensor:
+        dispatched = dispatch(hidden, local, len(held))
+        rows = vanilla_experts(dispatched.rows_RD, dispatched.rows_per_expert_E, [experts[expert] for expert in held])
+        return combine(rows, weights, dispatched)
+
+    whole, total = part(ids, [*range(6)]), torch.zeros(9, 4)
+    for rank in range(num_ranks):
+        total += part(torch.where(ids % num_ranks == rank, ids // num_ranks, -1), [*range(rank, 6, num_ranks)])
+    assert torch.equal(total, whole)

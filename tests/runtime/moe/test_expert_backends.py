@@ -10,7 +10,8 @@ from transformers.models.glm4_moe.modeling_glm4_moe import Glm4MoeExperts
 from runtime.moe.batched import BatchedExperts
 from runtime.moe.dispatcher import Slots
 from runtime.moe.experts import GroupedExperts, LocalExperts
-from runtime.moe.fused import FusedExperts, FusedOps
+from runtime.moe.fused import FusedExperts
+from runtime.moe.fused_ops import FusedOps
 from runtime.moe.grouped import CutlassExperts
 from runtime.moe.layouts import FILTERED
 from runtime.moe.weights import ExpertScheme, plain_weights

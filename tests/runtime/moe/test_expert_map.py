@@ -1,29 +1,34 @@
 """Expert parallelism in one process: ranks compute their slots, and the sum is that of one rank."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
 
+from converters.config import Glm4MoeConfig
 from converters.shard.mapping import ParallelMapping, Placement
 from runtime.model.mlp import GatedMlp
 from runtime.moe.batched import BatchedExperts
-from runtime.moe.dispatcher import Slots, combine_slots
-from runtime.moe.expert_map import ExpertMap
+from runtime.moe.dispatcher import Slots, combine_slots, dispatch
+from runtime.moe.expert_map import ExpertMap, ExpertShare
 from runtime.moe.experts import GroupedExperts, LocalExperts, vanilla_experts
-from runtime.moe.fused import FusedExperts, FusedOps
+from runtime.moe.fused import FusedExperts
+from runtime.moe.fused_ops import FusedOps
 from runtime.moe.grouped import CutlassExperts
-from runtime.moe.layouts import FILTERED, masked_rows, ragged_rows
+from runtime.moe.layouts import FILTERED, masked_rows
+from runtime.moe.plan import BATCHED, CUTLASS, TRITON, VANILLA, VANILLA_PLAN, LayerPlan, MoePlan
+from runtime.moe.router import Routing
 from runtime.moe.weights import ExpertScheme, ExpertWeights, plain_weights
 from runtime.moe.workspace import Workspace
 from tests.runtime.moe.expert_layers import exact_layer, random_experts, random_slots, values_of
+from tests.runtime.moe.moe_blocks import filled_moe
 
 E, H, I, K, T = 12, 64, 32, 4, 21  # noqa: E741
 
 
 @dataclass(frozen=True, slots=True)
 class LoopExperts(GroupedExperts):
-    """The loop over experts on rows of either layout."""
+    """The loop over experts on rows that were dispatched, or on those of the masked layout."""
 
     is_masked: bool = False
 
@@ -35,12 +40,10 @@ class LoopExperts(GroupedExperts):
         if self.is_masked:
             masked = masked_rows(ids, num_experts, len(ids))
             counts = masked.counts.to(torch.int64)
-            slots_R = torch.cat([row[:count] for row, count in zip(masked.slots, counts.tolist(), strict=True)])
+            slots_R = torch.cat([row[:count] for row, count in zip(masked.slots, counts.tolist(), strict=True)]).long()
         else:
-            ragged = ragged_rows(ids, num_experts)
-            counts = ragged.ends_E.diff(prepend=torch.zeros(1, dtype=torch.int32)).to(torch.int64)
-            slots_R = ragged.slots_S[: int(counts.sum())]
-        slots_R = slots_R.to(torch.int64)
+            dispatched = dispatch(hidden_TD, ids, num_experts)
+            counts, slots_R = dispatched.rows_per_expert_E, dispatched.slots_R
         out = torch.zeros(slots.num_slots, hidden_TD.shape[1], dtype=hidden_TD.dtype)
         out[slots_R] = vanilla_experts(hidden_TD[slots_R // slots.num_choices], counts, mlps(experts.weights))
         return out
@@ -182,3 +185,43 @@ def test_shared_expert_is_the_last_of_each_rank_that_has_it():
     experts = ExpertMap.of([[0, 2], [1]], 3)
     slots = random_slots(4, 2, 1)
     assert [experts.local_slots(slots, rank).num_shared for rank in range(2)] == [1, 0]
+
+
+# the shared expert is one that ranks share, or computed apart
+SHARED, APART = 1, 0
+
+
+def held_with(held: list[list[int]], num_routed: int, num_shared: int) -> list[list[int]]:
+    return [[*ids, *range(num_routed, num_routed + num_shared)] for ids in held]
+
+
+@pytest.mark.parametrize(
+    ("backend", "num_shared"),
+    [(backend, num_shared) for backend in (VANILLA, BATCHED, CUTLASS, TRITON) for num_shared in (SHARED, APART)],
+)
+@pytest.mark.parametrize("held", [[[0, 1, 2, 3]], [[0, 2], [1, 3]], [[0, 1, 2], [3, 0]], [[0], [1], [2], [3]]], ids=len)
+def test_blocks_of_ranks_add_up_to_the_block_of_one(make_checkpoint, monkeypatch, backend, num_shared, held):
+    """fp32: what ranks add in another order is in the sixth digit of sums of magnitude 10."""
+    monkeypatch.setattr(FusedOps, "of_kernels", FusedOps.of_twins)
+    config = replace(Glm4MoeConfig.from_folder(make_checkpoint().folder), n_routed_experts=4)
+    plan = VANILLA_PLAN if backend == VANILLA else MoePlan(backend, {5: LayerPlan(ExpertScheme.FP32, num_shared)})
+    hidden, seen = torch.randn(1, 11, config.hidden_size), list[Routing]()
+    expected = filled_moe(config, plan)(hidden, None)
+    experts = ExpertMap.of(held_with(held, 4, num_shared), 4 + num_shared)
+    blocks = [filled_moe(config, plan, ExpertShare(experts, rank)) for rank in range(len(held))]
+    parts = [block(hidden, seen.append) for block in blocks]
+    torch.testing.assert_close(sum(parts), expected, rtol=1e-5, atol=1e-4)
+    assert len(parts) == 1 or not any(torch.allclose(part, expected, atol=0.1) for part in parts)
+    # whoever watches a rank is told of all experts
+    assert all(torch.equal(routing.topk_ids_TK, seen[0].topk_ids_TK) for routing in seen)
+    assert seen[0].topk_ids_TK.unique().tolist() == [0, 1, 2, 3]
+
+
+def test_rows_of_an_expert_are_those_of_all_ranks_shared_out():
+    """Tiles are chosen by it: a rank of eight has an eighth of the rows, though as many slots."""
+    slots, experts = (
+        random_slots(64, 32, 8),
+        ExpertMap.of([[*range(rank, 32, 8)] for rank in range(7)] + [[7, 15, 23, 31, 32]], 33),
+    )
+    assert slots.rows_per_expert == 16.0
+    assert experts.local_slots(slots, 7).rows_per_expert == 16.0

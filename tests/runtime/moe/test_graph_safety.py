@@ -10,12 +10,19 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from converters.config import Glm4MoeConfig
+from converters.formats.inputs import InputCode, InputScheme
 from runtime.kernels.launch import Launch
-from runtime.moe.fused import FusedOps
+from runtime.model.activations import InputQuantizer
+from runtime.moe.batched import warm_up_tokens
+from runtime.moe.experts import CalibratedInputs, LocalExperts
+from runtime.moe.fused import FusedExperts
+from runtime.moe.fused_ops import FusedOps
 from runtime.moe.plan import BATCHED, CUTLASS, TRITON, VANILLA_PLAN, LayerPlan, MoePlan
 from runtime.moe.router import Routing
 from runtime.moe.runner import MoE
 from runtime.moe.weights import ExpertScheme
+from runtime.moe.workspace import Workspace
+from tests.runtime.moe.expert_layers import random_experts, random_slots
 from tests.runtime.moe.moe_blocks import filled_moe
 
 # operators whose result's shape, or the host's next step, depends on values
@@ -119,10 +126,12 @@ def test_a_workspace_that_is_fixed_refuses_to_grow(config):
         moe(torch.randn(1, 5, config.hidden_size), None)
 
 
+@pytest.mark.parametrize("is_batch_invariant", [False, True])
 @pytest.mark.parametrize("num_shared", [0, 1])
-def test_between_kernels_nothing_waits_and_nothing_is_made(config, launched, num_shared):
-    """But for what router logits and a shared expert of its own take; from one token on, where two programs suffice."""
-    moe, num_tokens = grouped(replace(config, n_routed_experts=16), TRITON, num_shared), 120
+def test_between_kernels_nothing_waits_and_nothing_is_made(config, launched, num_shared, is_batch_invariant):
+    """But for what a shared expert of its own takes; from one token on, where two programs suffice."""
+    plan = MoePlan(TRITON, {5: LayerPlan(ExpertScheme.FP32, num_shared)}, is_batch_invariant)
+    moe, num_tokens = filled_moe(replace(config, n_routed_experts=16), plan), 120
     moe.warm_up(num_tokens, torch.float32)
     assert moe.workspace is not None
     moe.workspace.is_fixed = True
@@ -131,7 +140,6 @@ def test_between_kernels_nothing_waits_and_nothing_is_made(config, launched, num
     for size in range(1, num_tokens + 1):
         hidden = torch.randn(1, size, config.hidden_size)
         with Watch() as apart:
-            moe.gate.logits(hidden[0])
             if not num_shared:
                 moe.shared_experts(hidden)
         launched.clear()
@@ -141,7 +149,53 @@ def test_between_kernels_nothing_waits_and_nothing_is_made(config, launched, num
         assert watch.new_bytes == apart.new_bytes, size
         names.add(tuple(launch.kernel.__name__ for launch in launched))
     assert moe.workspace.addresses() == addresses
-    assert sorted(map(len, names)) == [3, 5], names
+    # of a few tokens router logits are a launch too
+    assert sorted(map(len, names)) == ([5] if is_batch_invariant else [4, 5, 6]), names
+
+
+CALIBRATED = InputScheme(InputCode.NVFP4, 16, is_static=True)
+PER_TOKEN, PER_GROUP = InputScheme(InputCode.FP8), InputScheme(InputCode.FP8, 128)
+INT8_TOKEN = InputScheme(InputCode.INT8)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "inputs", "multiplies_codes", "kernels"),
+    [
+        (ExpertScheme.FP8_CHANNEL, PER_TOKEN, True, ["quantize_rows_kernel", "up_kernel", "quantize_rows_kernel"]),
+        (ExpertScheme.FP8_BLOCK, PER_GROUP, True, ["quantize_rows_kernel", "up_kernel"]),
+        (ExpertScheme.INT8_W8A8, INT8_TOKEN, True, ["quantize_rows_kernel", "up_kernel", "quantize_rows_kernel"]),
+        (ExpertScheme.NVFP4, CALIBRATED, True, ["quantize_fp4_kernel", "up_kernel", "quantize_fp4_kernel"]),
+        (ExpertScheme.FP8_CHANNEL, PER_GROUP, False, ["up_kernel"]),
+        (ExpertScheme.FP8_BLOCK, PER_TOKEN, False, ["up_kernel"]),
+        (ExpertScheme.INT8_CHANNEL, INT8_TOKEN, False, ["up_kernel"]),
+        (ExpertScheme.BF16, INT8_TOKEN, False, ["up_kernel"]),
+    ],
+)
+def test_rounding_inputs_makes_nothing_new(launched, scheme, inputs, multiplies_codes, kernels):
+    """As codes that kernels multiply, or as the values of codes, which torch makes in the workspace."""
+    weights, workspace = random_experts(scheme, 8, 1, 256, 128), Workspace(torch.device("cpu"))
+    experts = LocalExperts(weights, InputQuantizer(inputs), InputQuantizer(inputs), multiplies_codes)
+    if inputs is CALIBRATED:
+        scales = CalibratedInputs.of([100.0] * 9, torch.device("cpu"))
+        experts = LocalExperts(weights, multiplies_codes=True, calibrated=(scales, scales))
+    backend, hidden = FusedExperts(FusedOps.of_kernels()), torch.randn(200, 256).bfloat16()
+    for size in (*warm_up_tokens(200, 9, 3), 1, 2, 7, 100, 199):
+        is_fixed, slots, out = workspace.is_fixed, random_slots(size, 8, 2), torch.empty(size, 256).bfloat16()
+        workspace.is_fixed = size == 1 or is_fixed
+        launched.clear()
+        with Watch() as watch:
+            backend.run(hidden[:size], slots, experts, workspace, out)
+        assert watch.waiting == set()
+        assert watch.new_bytes == [] or not workspace.is_fixed
+    assert [launch.kernel.__name__ for launch in launched] == [
+        "place_in_blocks", *kernels, "down_kernel", "add_slots",
+    ]  # fmt: skip
+
+
+def test_rounding_without_a_workspace_is_seen_to_make_something():
+    with Watch() as watch:
+        InputQuantizer(INT8_TOKEN)(torch.randn(3, 8))
+    assert watch.new_bytes
 
 
 def test_memory_of_blocks_and_of_counts_is_taken_for_all_numbers_of_tokens(config, launched):

@@ -7,7 +7,8 @@ import torch
 
 from converters.config import Glm4MoeConfig
 from runtime.moe.experts import vanilla_experts
-from runtime.moe.fused import FusedExperts, FusedOps
+from runtime.moe.fused import FusedExperts
+from runtime.moe.fused_ops import FusedOps
 from runtime.moe.plan import BATCHED, CUTLASS, TRITON, VANILLA_PLAN, LayerPlan, MoePlan
 from runtime.moe.router import Routing
 from runtime.moe.runner import MoE
