@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from converters.checkpoint.coverage import check_complete
-from converters.checkpoint.journal import check_unlocked
+from converters.checkpoint.lock import check_unlocked
 from converters.checkpoint.manifest import read_manifest
 from converters.checkpoint.plan import OutputPlan, SourceRows, Unit, pack_shards
 from converters.conversion import Conversion, check_destination, passthrough_files

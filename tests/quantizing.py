@@ -6,10 +6,10 @@ from typing import Any
 
 from builders import small_checkpoint
 
-from converters.checkpoint.manifest import source_digest
 from converters.job import JobOptions, Outcome, run
 from converters.pipeline import RunOptions
 from converters.quant.choice import QuantizeOptions
+from converters.quant.identity import model_digest
 from converters.quant.scheme import SCHEMES, Arithmetic, Format, MtpPolicy, Preset, ScaleSearch, scheme_info
 from converters.quant.stats import CalibrationStats
 from converters.quantize import plan_quantize
@@ -49,7 +49,7 @@ def statistics(folder: Path) -> CalibrationStats:
             value_amax={layer: 7.0 + layer for layer in layers},
             tokens=dict.fromkeys(modules, 100),
             filled={},
-            provenance={"source_digest": source_digest(source.reader, source.raw_config)},
+            provenance={"model_digest": model_digest(source)},
         )
 
 

@@ -5,8 +5,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from converters.checkpoint.manifest import source_digest
 from converters.errors import UsageError
+from converters.quant.identity import model_digest
 from converters.quant.policy import fused_groups
 from converters.quant.scheme import Format, Recipe
 from converters.schema import Role, Tensor
@@ -40,7 +40,7 @@ class Calibrated:
         """Return the statistics that a choice needs; None if it needs none.
 
         Raises:
-            UsageError: there are none, or they are of another checkpoint.
+            UsageError: there are none, or they are of another model.
         """
         if not choice.needs_stats:
             return None
@@ -48,13 +48,12 @@ class Calibrated:
         if stats is None:
             wanted = "--kv-cache" if choice.has_kv_scales else f"--scheme {next(iter(recipes.values())).scheme}"
             raise UsageError(wanted, expected="statistics of calibration", found="none", next_step=how)
-        digest = source_digest(source.reader, source.raw_config)
-        found = stats.provenance.get("source_digest")
+        digest, found = model_digest(source), stats.provenance.get("model_digest")
         if found != digest:
             raise UsageError(
                 "--stats",
-                expected=f"statistics of {source.folder}",
-                found=f"those of a checkpoint with digest {str(found)[:12]}; this one has {digest[:12]}",
+                expected=f"statistics of the model in {source.folder}, in any layout",
+                found=f"those of a model with digest {str(found)[:12]}; this one has {digest[:12]}",
                 next_step=how,
             )
         static = {name: recipe.scheme for name, recipe in recipes.items() if recipe.info.has_input_scale}

@@ -8,6 +8,8 @@ A folder that a calibration writes beside its statistics, and that a quantizatio
 
 import hashlib
 import json
+import os
+import re
 from collections.abc import Container, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
@@ -19,11 +21,11 @@ from converters.blocks import as_bytes
 from converters.checkpoint.disk_read import read_file
 from converters.checkpoint.header import TensorEntry, read_header
 from converters.checkpoint.index import checked_path
-from converters.checkpoint.manifest import source_digest
 from converters.checkpoint.plan import OutputTensor, Shard, SourceRows, Unit
 from converters.checkpoint.writer import ShardWriter, disk_errors, remove_partials, write_file
 from converters.config import read_json
 from converters.errors import InputError, UsageError
+from converters.quant.identity import model_digest
 from converters.quant.quality import TensorQuality
 from converters.quant.scheme import Recipe
 from converters.schema import Tensor
@@ -39,6 +41,7 @@ _MAX_MANIFEST_BYTES = 256 << 20
 # keeps names of the result apart from those of the source, of which one may be the same
 _PREFIX = "gptq:"
 _HASH_BYTES = 8 << 20
+_LAYER = re.compile(r"gptq-layer-\d{5}\.safetensors")
 
 
 def rounded_folder(stats: Path) -> Path:
@@ -113,28 +116,20 @@ class Rounded:
         Raises:
             InputError: one is not what was written.
         """
-        for file, expected in self.digests.items():
-            found = _digest(checked_path(self.folder, file))
-            if found != expected:
-                raise InputError(
-                    str(self.folder / file),
-                    expected=f"sha256 {expected[:12]}",
-                    found=found[:12],
-                    next_step="Remove the folder and calibrate anew.",
-                )
+        prove_files(self.folder, self.digests)
 
     def beside(self, source: Source, recipes: Container[str]) -> Source:
         """Return a source whose reader also has the codes and scales of these weights, under names of their own.
 
         Raises:
-            UsageError: they were made of another checkpoint.
+            UsageError: they were made of another model.
         """
-        digest, found = source_digest(source.reader, source.raw_config), self.provenance.get("source_digest")
+        digest, found = model_digest(source), self.provenance.get("model_digest")
         if found != digest:
             raise UsageError(
                 f"rounded weights {self.folder}",
-                expected=f"those of {source.folder}, with digest {digest[:12]}",
-                found=f"those of a checkpoint with digest {str(found)[:12]}",
+                expected=f"those of the model in {source.folder}, with digest {digest[:12]}",
+                found=f"those of a model with digest {str(found)[:12]}",
                 next_step="Run quantize with --method gptq and --calibrate TEXT.",
             )
         index = source.reader.index
@@ -184,15 +179,26 @@ class RoundedWriter:
 
     Args:
         folder: made if need be; what an earlier, unfinished run left in it is written over.
+        can_resume: whoever began it goes on with it later: what is finished stays where a run does not end well.
+    Attributes:
+        digests: sha256 of each finished file; a run that goes on puts in those of its predecessor.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, can_resume: bool = False) -> None:
         self.folder = folder
-        self._digests: dict[str, str] = {}
+        self.digests: dict[str, str] = {}
+        self._can_resume = can_resume
         self._layer: ShardWriter | None = None
         with disk_errors(folder):
             folder.mkdir(exist_ok=True)
+            remove_partials(folder, {MANIFEST})
             (folder / MANIFEST).unlink(missing_ok=True)
+
+    def clear(self) -> None:
+        """Remove what an earlier run left."""
+        remove_unfinished(self.folder)
+        with disk_errors(self.folder):
+            self.folder.mkdir(exist_ok=True)
 
     def begin(self, layer: int, outputs: Sequence[OutputTensor]) -> None:
         """Make room for the tensors of a layer.
@@ -215,7 +221,7 @@ class RoundedWriter:
         """Give the layer's file its name."""
         assert self._layer is not None
         self._layer.finish()
-        self._digests[self._layer.path.name] = _digest(self._layer.path)
+        self.digests[self._layer.path.name] = _digest(self._layer.path)
         self._layer = None
 
     def __enter__(self) -> "RoundedWriter":
@@ -224,13 +230,15 @@ class RoundedWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        """Remove everything if the run did not end well: nothing can be gone on with."""
+        """Remove what is unfinished if the run did not end well; everything, unless it can be gone on with."""
         if kind is None:
             return
         if self._layer is not None:
             self._layer.abort()
+        if self._can_resume and self.digests:
+            return
         with suppress(OSError):
-            for file in self._digests:
+            for file in self.digests:
                 (self.folder / file).unlink(missing_ok=True)
             self.folder.rmdir()
 
@@ -252,13 +260,43 @@ class RoundedWriter:
         facts = {
             "schema": SCHEMA,
             "provenance": provenance,
-            "files": self._digests,
+            "files": self.digests,
             "recipes": {name: recipe_json(recipe) for name, recipe in recipes.items()},
             "errors": report,
             "quality": {name: asdict(errors) for name, errors in quality.items()},
         }
         text = json.dumps(facts, indent=1, sort_keys=True, allow_nan=False)
         write_file(self.folder / MANIFEST, text.encode() + b"\n")
+
+
+def prove_files(folder: Path, digests: Mapping[str, str]) -> None:
+    """Read files of a folder and hold each against its sha256.
+
+    Raises:
+        InputError: one is not what was written, or is not there.
+    """
+    for file, expected in digests.items():
+        found = _digest(checked_path(folder, file))
+        if found != expected:
+            raise InputError(
+                str(folder / file),
+                expected=f"sha256 {expected[:12]}",
+                found=found[:12],
+                next_step="Remove the folder and calibrate anew.",
+            )
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Remove what runs left that did not come to their end; a finished folder stays as it is."""
+    if (folder / MANIFEST).is_file() or not folder.is_dir():
+        return
+    with disk_errors(folder):
+        layers = {match[0] for entry in os.listdir(folder) if (match := _LAYER.search(entry))}
+        remove_partials(folder, {*layers, MANIFEST})
+        for layer in layers:
+            (folder / layer).unlink(missing_ok=True)
+    with suppress(OSError):
+        folder.rmdir()
 
 
 def _renamed(place: tuple[str, TensorEntry], name: str) -> tuple[str, TensorEntry]:

@@ -43,7 +43,7 @@ class CalibrationStats:
         value_amax: by layer, of V.
         tokens: tokens of the text that each module saw; for an expert, those that were routed to it.
         filled: modules with too few tokens, with what their statistics are made of instead.
-        provenance: source_digest, sha256 of the texts, num_tokens, context_length, seed, version and more.
+        provenance: model_digest, sha256 of the texts, num_tokens, context_length, seed, version and more.
         percentiles: by module, for each name of PERCENTILES a bound that so many of its inputs do not exceed.
     """
 

@@ -104,7 +104,8 @@ def check_options(ctx: click.Context, levels: tuple[str, ...]) -> None:
             raise UsageError(spelled(ctx, name), expected="no --reference beside it, which has no floor", found="both")
         heeded = _HEEDED.get(name, levels)
         if levels and not set(heeded) & set(levels):
-            where = f"--level {options['level']}" if options["level"] else "no --text, and so no logits"
+            alone = "no --text, and so no logits" if options["reference"] is None else "--reference alone: logits"
+            where = f"--level {options['level']}" if options["level"] else alone
             raise UsageError(
                 spelled(ctx, name),
                 expected=f"--level {' or '.join((*heeded, ALL))}",

@@ -75,9 +75,18 @@ def statistics_options(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def statistics(
-    output: Output, wanted: Wanted, src: Path, dst: Path, *, dry_run: bool, rounding: QuantizeOptions | None = None
+    output: Output,
+    wanted: Wanted,
+    src: Path,
+    dst: Path,
+    *,
+    dry_run: bool,
+    restart: bool = False,
+    rounding: QuantizeOptions | None = None,
 ) -> CalibrationStats | None:
     """Return the statistics that are given, or made now and saved beside DST, or lie there from an earlier run.
+
+    A calibration that was cut off is gone on with.
 
     Args:
         output: takes notes and progress.
@@ -85,6 +94,7 @@ def statistics(
         src: the checkpoint.
         dst: the result, whose name the file has.
         dry_run: measure nothing.
+        restart: begin a calibration anew that was cut off.
         rounding: weights are rounded on the way, as these options store them.
     Raises:
         UsageError: a dry run that would have to calibrate.
@@ -93,6 +103,7 @@ def statistics(
         return CalibrationStats.load(wanted.stats)
     if not wanted.texts:
         return None
+    from runtime.calibrate.kept import calibrate_into, remove_leftover
     from runtime.calibrate.run import Rounding, planned
 
     path = _place(wanted, dst)
@@ -105,6 +116,8 @@ def statistics(
     with planned(src, wanted.texts, options, how) as job:
         found = CalibrationStats.load(path) if path.exists() else None
         if found is not None and found.provenance == job.provenance and not job.has_lost_rounded:
+            if not dry_run:
+                remove_leftover(path)
             return found
         if found is not None and found.provenance != job.provenance:
             raise UsageError(
@@ -122,8 +135,7 @@ def statistics(
             )
         path.parent.mkdir(parents=True, exist_ok=True)
         with output.progress("calibrate", job.read_bytes) as progress:
-            stats = job.run(progress)
-    stats.save(path)
+            stats = calibrate_into(job, path, output.note, restart=restart, progress=progress)
     output.note(f"statistics in {path}")
     return stats
 

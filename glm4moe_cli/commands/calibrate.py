@@ -85,6 +85,9 @@ COVERAGE_COLUMNS = ("layer", "experts", "fewest tokens", "median tokens", "fille
 )
 @scheme_options(required=False)
 @dry_run_option
+@click.option(
+    "--restart", is_flag=True, help="Begin anew where an unfinished run of another or the same job stands beside STATS."
+)
 @device_option
 @click.option(
     "--max-memory",
@@ -106,6 +109,7 @@ def command(
     min_expert_tokens: int,
     method: str,
     dry_run: bool,
+    restart: bool,
     device: str,
     max_memory: int,
     **given: Any,
@@ -113,12 +117,13 @@ def command(
     """Run CKPT over text and write what its linear layers saw to STATS, for quantize --stats.
 
     One part of a layer is in memory at a time, so any machine can do it. Written are the largest inputs of every
-    linear module, those of the MTP layer included, and the largest keys and values of every layer. The same checkpoint,
-    texts and options give the same bytes.
+    linear module, those of the MTP layer included, and the largest keys and values of every layer. The same model,
+    texts and options give the same bytes. The same command goes on behind the last layer of a run that was cut off.
 
     With --method gptq, weights are rounded on the way so that the output on the text changes least, for quantize
     --method gptq --stats STATS.
     """
+    from runtime.calibrate.kept import remove_leftover
     from runtime.calibrate.run import Rounding, planned
     from runtime.config import resolve_device
 
@@ -141,10 +146,12 @@ def command(
             output.warning(f"The texts have {job.text.available} tokens; {job.text.num_tokens} of them are used.")
         output.facts("Plan", _plan_facts(job))
         if dry_run:
-            output.result({"dry_run": True, "memory": job.memory, "provenance": job.provenance})
+            facts = {"memory": job.memory, "state_bytes": job.state_bytes, "provenance": job.provenance}
+            output.result({"dry_run": True, **facts})
             return
-        found = finished or _run(output, job)
-    found.save(stats)
+        found = finished or _run(output, job, stats, restart=restart)
+        if finished is not None:
+            remove_leftover(stats)
     _show(output, stats, found, already_finished=finished is not None)
 
 
@@ -179,7 +186,9 @@ def _finished(stats: Path, job: "CalibrationJob") -> CalibrationStats | None:
     return None if job.has_lost_rounded else found
 
 
-def _run(output: Output, job: "CalibrationJob") -> CalibrationStats:
+def _run(output: Output, job: "CalibrationJob", stats: Path, *, restart: bool) -> CalibrationStats:
+    from runtime.calibrate.kept import calibrate_into
+
     def tell(done: "LayerDone") -> None:
         words = f"layer {done.layer + 1}/{done.num_layers}"
         if done.coverage is not None:
@@ -190,7 +199,7 @@ def _run(output: Output, job: "CalibrationJob") -> CalibrationStats:
         output.note(words)
 
     with output.progress("calibrate", job.read_bytes) as progress:
-        return job.run(progress, tell)
+        return calibrate_into(job, stats, output.note, restart=restart, progress=progress, on_layer=tell)
 
 
 def _plan_facts(job: "CalibrationJob") -> dict[str, object]:
@@ -205,6 +214,7 @@ def _plan_facts(job: "CalibrationJob") -> dict[str, object]:
         "memory": f"{format_bytes(memory.peak_bytes)}: {parts}"
         + ("" if memory.hidden_on_disk else f", {hidden} hidden states"),
         "scratch file": hidden if memory.hidden_on_disk else "none",
+        "disk": f"at most {format_bytes(job.state_bytes)} beside STATS for an unfinished run",
         "compute": f"float32 on {job.options.device}",
     }
 

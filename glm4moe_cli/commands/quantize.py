@@ -79,7 +79,13 @@ def command(
         stats = None
         if choice.needs_stats or is_gptq:
             stats = statistics(
-                output, wanted, source.folder, dst, dry_run=running.dry_run, rounding=options if is_gptq else None
+                output,
+                wanted,
+                source.folder,
+                dst,
+                dry_run=running.dry_run,
+                restart=how.restart,
+                rounding=options if is_gptq else None,
             )
         if is_gptq:
             options = replace(options, rounded=rounded_weights(wanted, stats, dst))

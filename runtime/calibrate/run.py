@@ -12,17 +12,20 @@ from typing import Any
 import torch
 
 import converters
-from converters.checkpoint.manifest import source_digest
+from converters.errors import InputError
 from converters.quant.choice import QuantizeOptions
-from converters.quant.rounded import MANIFEST, RoundedWriter, recipe_json
+from converters.quant.identity import model_digest
+from converters.quant.rounded import MANIFEST, RoundedWriter, prove_files, recipe_json
 from converters.quant.scheme import Recipe
 from converters.quant.stats import CalibrationStats, LayerCoverage, coverage
 from converters.schema import Role
 from converters.source import Source, open_source
+from runtime.calibrate.identity import job_identity
 from runtime.calibrate.layers import Stream
 from runtime.calibrate.memory import MemoryPlan, plan_memory
 from runtime.calibrate.options import CalibrateOptions
 from runtime.calibrate.rounder import Rounder, rounding_recipes
+from runtime.calibrate.state import CalibrationState, Point, state_bytes
 from runtime.calibrate.text import CalibrationText, read_texts
 from runtime.config import EngineConfig
 from runtime.model.loader import ModelLoader
@@ -97,7 +100,7 @@ class CalibrationJob:
         self.loader = ModelLoader(source, EngineConfig(dtype="float32", device=options.device))
         self.memory: MemoryPlan = plan_memory(self.loader, text, options, self.recipes)
         self.provenance: dict[str, Any] = {
-            "source_digest": source_digest(source.reader, source.raw_config),
+            "model_digest": model_digest(source),
             "texts": list(text.texts),
             "num_tokens": text.num_tokens,
             "num_windows": len(text.windows),
@@ -118,47 +121,105 @@ class CalibrationJob:
     @property
     def read_bytes(self) -> int:
         """Bytes of weights that a run reads; rows of the embedding are not counted."""
-        layers = range(len(self.loader.model.model.layers))
-        return sum(self.loader.stored_bytes(self.loader.layer_names(layer)) for layer in layers)
+        return self._layer_bytes(len(self.loader.model.model.layers))
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What another run must share to go on with the state of this one."""
+        return job_identity(self.source, self.provenance, self.recipes)
+
+    @property
+    def state_bytes(self) -> int:
+        """Most disk that the state of an unfinished run takes."""
+        return state_bytes(self.text.num_tokens, self.source.config.hidden_size, len(self.source.schema.tensors))
+
+    def _layer_bytes(self, num_layers: int) -> int:
+        """Return the bytes of weights of so many layers from the first one on."""
+        return sum(self.loader.stored_bytes(self.loader.layer_names(layer)) for layer in range(num_layers))
 
     @torch.inference_mode()
     def run(
-        self, progress: Progress | None = None, on_layer: Callable[[LayerDone], None] | None = None
+        self,
+        progress: Progress | None = None,
+        on_layer: Callable[[LayerDone], None] | None = None,
+        kept: CalibrationState | None = None,
     ) -> CalibrationStats:
         """Stream the model over the text and return what was measured.
 
+        Args:
+            progress: told of bytes and layers.
+            on_layer: told of each layer that has passed in this run.
+            kept: takes what was found after each layer; where an earlier run left any, this one goes on with it.
         Raises:
             InputError: a weight that cannot be decoded, or values that are not finite.
-            ResourceError: no room for the scratch file.
+            ResourceError: no room for the scratch file, or for the state.
+            UsageError: the state is another job's.
         """
         if self.rounding is None:
-            return self._stream(self._start(progress, None), progress, on_layer)
-        writer = RoundedWriter(self.rounding.folder)
+            return self._stream(self._start(progress, None), progress, on_layer, kept)
+        writer = RoundedWriter(self.rounding.folder, can_resume=kept is not None)
         rounder = Rounder(self.loader, self.source, self.recipes, writer)
         with writer:
-            stats = self._stream(self._start(progress, rounder), progress, on_layer)
+            stats = self._stream(self._start(progress, rounder), progress, on_layer, kept)
             writer.finish(self.provenance, self.recipes, rounder.errors, rounder.quality)
         return stats
 
     def _stream(
-        self, stream: Stream, progress: Progress | None, on_layer: Callable[[LayerDone], None] | None
+        self,
+        stream: Stream,
+        progress: Progress | None,
+        on_layer: Callable[[LayerDone], None] | None,
+        kept: CalibrationState | None,
     ) -> CalibrationStats:
         layers, mtp = self.loader.model.decoder_layers, self.loader.mtp
         steps = [*enumerate(layers), *([(len(layers), mtp)] if mtp is not None else [])]
-        for layer, module in steps:
+        done = self._resume(stream, kept)
+        stream.advance(self._layer_bytes(done))
+        for layer, module in steps[done:]:
             if progress is not None:
                 progress.describe(f"layer {layer + 1}/{len(steps)}")
             if module is mtp:
                 self._prepare_mtp(stream)
             stream.run(layer, module)
+            if kept is not None:
+                kept.save(_point(stream, layer + 1), stream.hidden_TD if layer + 1 < len(steps) else None)
             if on_layer is not None:
                 on_layer(LayerDone(layer, len(steps), _coverage(stream, layer)))
         return stream.record.stats(self.provenance)
 
+    def _resume(self, stream: Stream, kept: CalibrationState | None) -> int:
+        """Set a stream up where an earlier run stopped, or at its beginning; return the layers that have passed."""
+        point = None if kept is None else self._point(stream, kept)
+        if point is None:
+            embed(self.source, self._token_ids(), stream.hidden_TD)
+            if stream.rounder is not None:
+                stream.rounder.writer.clear()
+            return 0
+        stream.record = point.record
+        if stream.rounder is not None:
+            stream.rounder.errors |= point.errors
+            stream.rounder.quality |= point.quality
+            stream.rounder.writer.digests |= point.rounded
+        return point.num_layers
+
+    def _point(self, stream: Stream, kept: CalibrationState) -> Point | None:
+        """Return how far an earlier run came; None, and nothing of it is left, if what it kept is damaged."""
+        try:
+            point = kept.load(stream.hidden_TD)
+            if point is not None and self.rounding is not None:
+                prove_files(self.rounding.folder, point.rounded)
+        except InputError as error:
+            kept.tell(f"What an earlier run left is damaged, and this one begins anew. {error}")
+            kept.clear()
+            return None
+        if point is not None:
+            kept.tell(f"an earlier run finished {point.num_layers} layers; this one goes on")
+        return point
+
     def _start(self, progress: Progress | None, rounder: Rounder | None) -> Stream:
         sizes = self.text.num_tokens, self.source.config.hidden_size
         scratch = (self.options.scratch or Path(tempfile.gettempdir())) if self.memory.hidden_on_disk else None
-        stream = Stream(
+        return Stream(
             loader=self.loader,
             bounds=self.text.bounds,
             hidden_TD=token_matrix(*sizes, scratch),
@@ -167,8 +228,6 @@ class CalibrationJob:
             advance=progress.advance if progress is not None else lambda _: None,
             rounder=rounder,
         )
-        embed(self.source, self._token_ids(), stream.hidden_TD)
-        return stream
 
     def _token_ids(self) -> torch.Tensor:
         return torch.tensor([token for window in self.text.windows for token in window])
@@ -190,6 +249,13 @@ def _recipes_digest(recipes: Mapping[str, Recipe]) -> str:
     """Return sha256 over how each weight is stored."""
     value = {name: recipe_json(recipe) for name, recipe in recipes.items()}
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def _point(stream: Stream, num_layers: int) -> Point:
+    rounder = stream.rounder
+    if rounder is None:
+        return Point(num_layers, stream.record)
+    return Point(num_layers, stream.record, rounder.errors, rounder.quality, rounder.writer.digests)
 
 
 def _coverage(stream: Stream, layer: int) -> LayerCoverage | None:

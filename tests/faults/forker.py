@@ -5,6 +5,7 @@ One JSON request a line on stdin, one JSON answer a line on stdout. See `harness
 
 import contextlib
 import gc
+import importlib
 import json
 import mmap
 import os
@@ -74,6 +75,9 @@ def child(request: dict[str, Any], counter: mmap.mmap, output: int) -> None:
 
 def serve_one(request: dict[str, Any]) -> dict[str, Any]:
     """Fork, disturb the child as asked, and report how it ended."""
+    # what a command needs beyond those that `warm_up` runs, once for all forks
+    for name in request.get("imports", []):
+        importlib.import_module(name)
     counter = mmap.mmap(-1, 16)
     with tempfile.TemporaryFile() as output:
         pid = os.fork()

@@ -16,7 +16,7 @@ STATS = CalibrationStats(
     value_amax={3: 1.0, 11: 0.0},
     tokens={Q: 100, K: 100, EXPERTS[0]: 40, EXPERTS[1]: 0, EXPERTS[2]: 60},
     filled={EXPERTS[1]: "largest of the layer's experts"},
-    provenance={"source_digest": "0" * 64, "seed": 0},
+    provenance={"model_digest": "0" * 64, "seed": 0},
     percentiles={Q: {"p99.9": 2.0, "p99.99": 3.0}},
 )
 

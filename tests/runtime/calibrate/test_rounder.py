@@ -195,7 +195,7 @@ def test_a_folder_without_its_manifest_is_unfinished(source, tmp_path):
 def test_rounded_weights_of_another_job_are_refused(source, tmp_path):
     _, folder = rounded(source, NVFP4, tmp_path / "gptq")
     other = small_checkpoint(tmp_path / "other", **{**SIZES, "num_hidden_layers": 2})
-    with open_source(other) as opened, pytest.raises(UsageError, match="those of a checkpoint with digest"):
+    with open_source(other) as opened, pytest.raises(UsageError, match="those of a model with digest"):
         plan_quantize(opened, replace(NVFP4, rounded=folder))
     with open_source(source) as opened, pytest.raises(UsageError, match="made with other options"):
         plan_quantize(opened, replace(INT8, rounded=folder))
