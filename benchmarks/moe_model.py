@@ -41,7 +41,7 @@ from runtime.moe.cost import (
     padding_factor,
     products,
 )
-from runtime.moe.dispatcher import Dispatched, Slots, combine
+from runtime.moe.dispatcher import Slots, combine, dispatch
 from runtime.moe.experts import LocalExperts, vanilla_experts
 from runtime.moe.fused import FusedExperts
 from runtime.moe.fused_ops import FusedOps
@@ -150,14 +150,13 @@ def count_vanilla(layer: Layer) -> Counts:
     """Return what an expert after the other does for the drawn routing, and then the shared one."""
     shape, hidden = layer.shape, layer.hidden
     expert = one_expert(shape.hidden_size, shape.intermediate_size)
-    counts_E = torch.bincount(layer.ids[:, :-1].flatten().long(), minlength=shape.num_routed)
-    flat = torch.empty(layer.num_tokens * shape.num_chosen, dtype=torch.int64, device=META)
+    ids = layer.ids[:, :-1].long().contiguous()
     weights = torch.empty(layer.num_tokens, shape.num_chosen, device=META)
 
     def run() -> torch.Tensor:
-        slots_R = flat.argsort(stable=True)
-        rows = vanilla_experts(hidden[slots_R // shape.num_chosen], counts_E, [expert] * shape.num_routed)
-        routed = combine(rows, weights, Dispatched(rows, counts_E, slots_R)).to(hidden.dtype)
+        dispatched = dispatch(hidden, ids, shape.num_routed)
+        rows = vanilla_experts(dispatched.rows_RD, dispatched.rows_per_expert_E, [expert] * shape.num_routed)
+        routed = combine(rows, weights, dispatched).to(hidden.dtype)
         return routed + expert(hidden)
 
     found = count(run)

@@ -73,7 +73,7 @@ class DecoderLayer(nn.Module):
         cache: LayerCache | KvPages | None,
         following: RMSNorm,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the hidden state (B, T, D) behind this layer, and its norm, from one launch.
+        """Return the hidden state (B, T, D) behind this layer, and its norm, from one launch where there is one for it.
 
         Args:
             hidden_BTD: the hidden state in front of this layer.

@@ -97,7 +97,8 @@ class ExpertLoader:
         """Read a weight into its layer; with the last one, the layer's MoE block gets its experts.
 
         Raises:
-            InputError: a code or scale that must be decoded is NaN or Inf, or gate and up have different global scales.
+            InputError: a code or scale that must be decoded is NaN or Inf, or gate and up have different global scales,
+                of weights or of inputs.
         """
         place = self._places[name]
         packer = self._packers[place.layer]
@@ -186,8 +187,9 @@ def _calibrated(moe: MoE, num_experts: int, device: torch.device) -> tuple[Calib
             factors[matrix].append(rounding.scale)
         gate, up = (factors[matrix][-1] for matrix in (Matrix.GATE, Matrix.UP))
         if gate != up:
+            name = "the shared expert" if mlp is moe.shared_experts else f"expert {expert}"
             raise InputError(
-                f"expert {expert} of layer {moe.gate.layer}",
+                f"{name} of layer {moe.gate.layer}",
                 expected="one calibrated scale for the inputs of gate and up",
                 found=f"{gate} and {up}",
                 next_step=f"Use --moe-backend {VANILLA}.",

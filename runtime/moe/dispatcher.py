@@ -99,7 +99,8 @@ class Slots:
     @property
     def rows_per_expert(self) -> float:
         """Rows that a routed expert of this rank is expected to get."""
-        num_routed = self.num_experts - self.num_shared
+        # a rank may have nothing but a copy of the shared expert
+        num_routed = max(1, self.num_experts - self.num_shared)
         return len(self.ids_TK) * (self.num_choices - self.num_shared) / (num_routed * self.num_ranks)
 
 

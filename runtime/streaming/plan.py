@@ -82,8 +82,9 @@ def plan_stream(
     options: StreamOptions,
     *,
     with_heads: bool,
+    other_heads: int = 0,
 ) -> StreamMemory:
-    """Return what a run needs.
+    """Return what a run needs; `other_heads` are bytes of heads that are held beside those of the sides.
 
     Raises:
         ResourceError: it would not fit even with the hidden states on disk.
@@ -100,7 +101,7 @@ def plan_stream(
         weights=peak_weights(sides, batches, options.workers) + _widened_bytes(sides, batches, options),
         activations=max(activation_bytes(config, plan.longest, chunk=chunk) + compared, experts),
         routing=sum(lane.rows for lane in lanes) * decision,
-        head=_head_bytes(sides, options) if with_heads else 0,
+        head=_head_bytes(sides, options) + other_heads if with_heads else 0,
         hidden=sum(lane.rows * lane.matrices for lane in lanes) * config.hidden_size * FP32,
         hidden_on_disk=False,
     )

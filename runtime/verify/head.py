@@ -13,10 +13,14 @@ _ROWS = 4096
 
 def load_head(loader: ModelLoader) -> Linear:
     """Read the head alone, in the dtype that it is stored in, and return it; nothing else of the model is filled."""
-    head = loader.model.lm_head
+    loader.place(loader.fetch(head_names(loader), as_stored=True))
+    return loader.model.lm_head
+
+
+def head_names(loader: ModelLoader) -> list[str]:
+    """Return the names of the head's parameters in its model."""
     names = {id(parameter): name for name, parameter in loader.model.named_parameters()}
-    loader.place(loader.fetch([names[id(parameter)] for parameter in head.parameters()], as_stored=True))
-    return head
+    return [names[id(parameter)] for parameter in loader.model.lm_head.parameters()]
 
 
 def head_digest(head: Linear) -> str:

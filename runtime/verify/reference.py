@@ -17,7 +17,7 @@ from runtime.config import EngineConfig
 from runtime.model.linear import Linear
 from runtime.model.loader import ModelLoader
 from runtime.streaming.rows import RowPlan
-from runtime.verify.head import head_digest, load_head
+from runtime.verify.head import head_digest, head_names, load_head
 from runtime.verify.results import ModelComparison
 from runtime.verify.routing import LayerRouting, RoutingCounter
 from runtime.verify.store import StoredReference
@@ -141,10 +141,13 @@ def compare_reference(
         InputError: the head that belongs to the hidden states is nowhere.
     """
     check_reference(stored, candidate, options, source=source)
-    heads = find_heads(stored, candidate, options, source=source)
+    # a head that is nowhere is found before the run; none is held while layers are
+    find_heads(stored, candidate, options, source=source)
     run = runner(candidate, stored.text, options)
+    heads = find_heads(stored, candidate, options, source=source)
+    hidden_RD = stored.hidden(0, len(run.final_hidden_RD))
     return ReferenceComparison(
-        models=score_reference(stored, run, heads, options, seed=seed),
+        models=score_reference(stored, hidden_RD, run, heads, options, seed=seed),
         routing=routing_agreement(stored, run),
         source_digest=stored.facts.source_digest,
     )
@@ -170,6 +173,15 @@ def find_heads(stored: StoredReference, candidate: Path, options: RunOptions, *,
     return Heads(kept.to(own.weight.device), own)
 
 
+def other_head_bytes(stored: StoredReference, source: Path | None, options: RunOptions) -> int:
+    """Return the most bytes of a head that `find_heads` holds beside the candidate's own; only headers are read."""
+    if stored.head_bytes or source is None:
+        return stored.head_bytes
+    with open_whole(source) as opened:
+        loader = ModelLoader(opened, EngineConfig(dtype=options.dtype, device=options.device), with_mtp=False)
+        return loader.held_bytes(head_names(loader), as_stored=True)
+
+
 def _head_of(folder: Path, options: RunOptions) -> Linear:
     with open_whole(folder) as source:
         engine = EngineConfig(dtype=options.dtype, device=options.device)
@@ -178,13 +190,16 @@ def _head_of(folder: Path, options: RunOptions) -> Linear:
 
 @torch.inference_mode()
 def score_reference(
-    stored: StoredReference, run: ModelRun, heads: Heads, options: RunOptions, *, seed: int
+    stored: StoredReference, hidden_RD: torch.Tensor, run: ModelRun, heads: Heads, options: RunOptions, *, seed: int
 ) -> ModelComparison:
-    """Compare what a candidate made of the reference's tokens with what the reference made of them."""
+    """Compare what a candidate made of the reference's tokens with what the reference made of them.
+
+    hidden_RD (R, D) fp32 are the reference's final hidden states, which a run beside them has at hand.
+    """
     text = stored.text
     plan = RowPlan(text.token_ids, text.plan.windows)
     scorer = Scorer(text, plan, (heads.reference, heads.candidate), seed, getattr(options, "deterministic", False))
-    tokens = scorer.main((stored.hidden(0, plan.num_rows), run.final_hidden_RD))
+    tokens = scorer.main((hidden_RD, run.final_hidden_RD))
     return ModelComparison(
         protocol=text.plan.protocol,
         dtype=options.dtype,

@@ -30,6 +30,7 @@ from runtime.verify.reference import (
     ReferenceComparison,
     check_reference,
     find_heads,
+    other_head_bytes,
     routing_agreement,
     score_reference,
 )
@@ -82,7 +83,13 @@ class ReplayJob:
         self._batches = plan_batches([self._side])
         lanes = lane_rows(self._specs, [self._side])
         self.memory: StreamMemory = plan_stream(
-            [self._side], self._batches, self._plan, lanes, self._options, with_heads=True
+            [self._side],
+            self._batches,
+            self._plan,
+            lanes,
+            self._options,
+            with_heads=True,
+            other_heads=other_head_bytes(stored, source, self._options),
         )
 
     @property
@@ -119,7 +126,7 @@ class ReplayJob:
         ends = watch.ends(head_error((heads.reference, heads.candidate), lanes[0].state_TD, self._plan))
         run = ModelRun(lanes[-1].state_TD, {layer: torch.cat(ids) for layer, ids in watch.ids.items()})
         if LOGITS in options.levels:
-            found = score_reference(self._stored, run, heads, options, seed=options.seed)
+            found = score_reference(self._stored, lanes[0].state_TD, run, heads, options, seed=options.seed)
         else:
             found = ModelComparison(
                 protocol=self._text.plan.protocol,

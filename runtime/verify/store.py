@@ -23,7 +23,7 @@ from runtime.model.linear import Linear
 from runtime.model.loader import ModelLoader
 from runtime.streaming.plan import LOGIT_ROWS
 from runtime.verify import store_layout as layout
-from runtime.verify.head import fits_bf16, head_digest, load_head
+from runtime.verify.head import fits_bf16, head_digest, head_names, load_head
 from runtime.verify.store_file import RowReader, RowWriter
 from runtime.verify.store_layers import KeptLayers, keep_parts, kept_layers, layer_specs, write_gains
 from runtime.verify.store_layout import CONFIG_FIELDS, METRIC_VERSION, ModelRun, ReferenceFacts, Runner, RunOptions
@@ -103,6 +103,12 @@ class StoredReference:
         """
         return kept_layers(self._reader, self.facts, layout.row_starts(self.text.plan)[-1], engine)
 
+    @property
+    def head_bytes(self) -> int:
+        """Bytes of the head that was kept; 0 where none was."""
+        entry = self._reader.entries.get(layout.HEAD)
+        return 0 if entry is None else entry.nbytes
+
     def head(self) -> Linear | None:
         """Return the head that was kept, on the CPU, or None.
 
@@ -158,8 +164,10 @@ def save_reference(
                 _write_head(writer, head)
             if with_inputs:
                 write_gains(writer, loader)
+            # none is held while layers are
+            loader.release(head_names(loader))
             run = runner(source, text, options, keep_parts(writer) if with_inputs else None)
-            _write_run(writer, run, head, text, facts)
+            _write_run(writer, run, load_head(loader), text, facts)
             writer.finish()
     return facts
 

@@ -9,7 +9,7 @@ vocabulary, K experts per token, N most likely tokens.
 """
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import accumulate
 from pathlib import Path
@@ -18,6 +18,7 @@ from typing import Any, Protocol
 import torch
 
 from converters.config import Glm4MoeConfig
+from runtime.streaming.one import OnPart as OnPart
 from runtime.verify.store_file import TensorSpec
 from runtime.verify.tokens import TOKEN_IDS, EncodedText
 from runtime.verify.windows import WindowPlan
@@ -69,10 +70,6 @@ class ModelRun:
     norms: Mapping[int, torch.Tensor] = field(default_factory=dict)
 
 
-# part, layer, first row, and the rows; see `runtime.streaming.one`
-OnPart = Callable[[str, int, int, torch.Tensor], None]
-
-
 class Runner(Protocol):
     """Runs one model on a text; tells `on_part` what each layer is given and makes of it."""
 
@@ -115,6 +112,7 @@ class ReferenceFacts:
     plan: dict[str, Any]
 
 
+# what gives two models states, routers and logits of the same shape
 CONFIG_FIELDS = (
     "vocab_size",
     "hidden_size",

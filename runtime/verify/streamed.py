@@ -29,20 +29,11 @@ from runtime.streaming.sides import Side, plan_batches, runs_mtp
 from runtime.streaming.threads import computing_threads
 from runtime.verify.finite import FiniteWatch
 from runtime.verify.results import ModelComparison, Spent
+from runtime.verify.store_layout import CONFIG_FIELDS
 from runtime.verify.streamed_layers import CANDIDATE, FLOOR, FORCED, NOISY, REFERENCE, LayerWatch
 from runtime.verify.streamed_logits import Scorer, head_error
 from runtime.verify.summary import summarize
 from runtime.verify.tokens import EncodedText
-
-# fields that give both models states, routers and logits of the same shape
-_COMMON_FIELDS = (
-    "vocab_size",
-    "hidden_size",
-    "num_hidden_layers",
-    "first_k_dense_replace",
-    "n_routed_experts",
-    "num_experts_per_tok",
-)
 
 
 def compare_streamed(
@@ -230,7 +221,7 @@ class StreamedJob:
 
 
 def _check_comparable(ours: Glm4MoeConfig, theirs: Glm4MoeConfig, candidate: Path) -> None:
-    for name in _COMMON_FIELDS:
+    for name in CONFIG_FIELDS:
         if getattr(ours, name) != getattr(theirs, name):
             raise InputError(
                 f"{candidate / CONFIG_FILE}: {name}",

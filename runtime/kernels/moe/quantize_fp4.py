@@ -60,6 +60,8 @@ def quantize_fp4_rows_launch(
 ) -> Launch:
     """Return the launch of `quantize_fp4_rows`."""
     num_columns = values.shape[1]
+    assert values.is_contiguous(), values.stride()
+    assert num_columns % 16 == 0, values.shape
     num_slots = len(rows.position_of_slot)
     constants = {
         "K": num_columns,

@@ -39,6 +39,8 @@ def router_logits_launch(
 ) -> Launch:
     """Return the launch of `router_logits`."""
     num_tokens, (num_experts, hidden_size) = len(hidden_TH), weight_EH.shape
+    for matrix in (hidden_TH, weight_EH):
+        assert matrix.is_contiguous(), matrix.stride()
     if out is None:
         out = torch.empty(num_tokens, num_experts, dtype=torch.float32, device=hidden_TH.device)
     constants = {"HIDDEN": hidden_size, "EXPERTS": num_experts, "ROWS": ROWS, "COLUMNS": COLUMNS}

@@ -225,3 +225,9 @@ def test_rows_of_an_expert_are_those_of_all_ranks_shared_out():
     )
     assert slots.rows_per_expert == 16.0
     assert experts.local_slots(slots, 7).rows_per_expert == 16.0
+
+
+def test_a_rank_with_nothing_but_the_shared_expert_has_tiles_too():
+    slots = ExpertMap.of([[*range(32)], [32]], 33).local_slots(random_slots(64, 32, 8), 1)
+    assert (slots.num_experts, slots.num_shared) == (1, 1)
+    assert slots.rows_per_expert > 0

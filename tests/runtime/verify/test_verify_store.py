@@ -421,6 +421,15 @@ def test_a_nan_beside_kept_layers_is_placed(source, tmp_path, path):
     assert (first.layer, first.first_non_finite) == (1, "candidate: MLP output, token 0")
 
 
+def test_a_head_beside_the_candidates_own_is_in_the_plan(source, candidate, path):
+    heads = []
+    for with_head, at_hand in ((False, None), (True, None), (False, source)):
+        save_reference(path, source, text(), OPTIONS, run, with_inputs=True, with_head=with_head)
+        with StoredReference.open(path) as stored, planned_replay(stored, candidate, OPTIONS, source=at_hand) as job:
+            heads.append(job.memory.head)
+    assert [head - heads[0] for head in heads[1:]] == [read_tensors(source)[HEAD_NAME].nbytes] * 2
+
+
 @pytest.mark.parametrize("levels", [{LAYERS}, {LAYERS, LOGITS}], ids=["layers", "both"])
 def test_hidden_states_beside_kept_layers_may_lie_on_disk(source, candidate, path, levels):
     save_reference(path, source, text(), OPTIONS, run, with_inputs=True)
