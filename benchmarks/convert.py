@@ -3,10 +3,10 @@
     PYTHONPATH=. python benchmarks/convert.py SCRATCH [--experts 64] [--rounds 3] [--shard-bytes 2000000000 8000000000]
 
 Makes a synthetic GLM-4.5-Air checkpoint (6.54 GB with 64 experts) for each shard size under SCRATCH, runs everything
-interleaved, and writes benchmarks/results/convert.json, by shard size and by whether the source is in the page cache
-before each run: medians, spread, ratios to cp, peak memory. A checkpoint larger than the machine's memory, as real
-ones are, with --experts 320 --states "source not in page cache" --only "cp -r" "cp -r, synced" convert "shard --tp 8"
---result convert_large.json.
+interleaved, and writes benchmarks/results/convert.json, by shard size and by what is done before each run about the
+page cache and free memory (`measure.STATES`): medians, spread, ratios to cp, peak memory. A checkpoint larger than the
+machine's memory, as real ones are, with --experts 320 --states "source not in page cache" --only "cp -r"
+"cp -r, synced" convert "shard --tp 8" --result convert_large.json.
 """
 
 import argparse

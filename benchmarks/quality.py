@@ -1,11 +1,14 @@
 """What each scheme and format costs in quality: the trained fixture, quantized and held against itself.
 
-    PYTHONPATH=. python benchmarks/quality.py SCRATCH [--num-tokens N] [--only NAME...]
+    PYTHONPATH=. python benchmarks/quality.py SCRATCH [--num-tokens N] [--only NAME...] [--resume]
 
 Everything goes through the command line: `calibrate` on text of the training (the standard library of this
 interpreter, without the held-out modules), `quantize`, and `verify --json` on the held-out text twice: with activations
 as they are, so that weights alone count, and with activations rounded as serving engines do it. The KV cache is that of
-the model in both. Writes benchmarks/results/quality.json, of which benchmarks/tables.py makes the table of README.md.
+the model in both. The fixture's experts are 64 wide, half a block: `fp8-block` of all weights is measured on the same
+model with experts that zeros bring to 128, which changes neither what it computes nor a code or scale of a block.
+
+Writes benchmarks/results/quality.json, of which benchmarks/tables.py makes the table of README.md.
 """
 
 import argparse
@@ -19,11 +22,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors.torch import save_file
+
 from benchmarks.measure import environment, write_result
+from converters.checkpoint.dtypes import torch_dtype
+from converters.checkpoint.writer import write_file
+from converters.config import CONFIG_FILE, Glm4MoeConfig, read_json
 from converters.formats.inputs import AS_SERVED, FULL
 from converters.quant.engines import engines_of
 from converters.quant.policy import parse_schemes
 from converters.quant.scheme import Format, Recipe
+from converters.schema import expand
 from converters.source import open_source
 from fixtures.recipe.corpus import read_modules
 from runtime.model.activations import input_quantizers
@@ -35,20 +45,26 @@ RESULT = ROOT / "benchmarks" / "results" / "quality.json"
 TINY = ROOT / "fixtures" / "tiny"
 HELD_OUT = ROOT / "fixtures" / "tiny_heldout.txt"
 GLM4MOE = (sys.executable, "-m", "glm4moe_cli")
-# experts of the fixture are 64 wide, half a block
+BLOCK_COLUMNS = 128
 BLOCK = "attention=fp8-block,dense=fp8-block"
+DONE = "rows.json"
+PADDED = "fp8-block, experts padded"
 MIXED = "experts=nvfp4-weight-only,attention=fp8"
 MIXED_ALL = "experts=nvfp4,shared-experts=fp8,dense=fp8,attention=fp8"
 
 
 @dataclass(frozen=True)
 class Row:
-    """A quantization: its name in the table, its options, and which statistics it takes: none, of rtn, of gptq."""
+    """A quantization: its name in the table, its options, and which statistics it takes: none, of rtn, of gptq.
+
+    `is_padded`: of the fixture with experts that are a block wide.
+    """
 
     name: str
     options: tuple[str, ...]
     stats: str | None = None
     format: str = "compressed-tensors"
+    is_padded: bool = False
 
 
 def rows() -> list[Row]:
@@ -59,6 +75,7 @@ def rows() -> list[Row]:
         Row("fp8", ("--scheme", "fp8")),
         Row("fp8, experts only", ("--scheme", "fp8", *experts)),
         Row("fp8-block, attention and dense only", ("--scheme", BLOCK)),
+        Row(PADDED, ("--scheme", "fp8-block"), is_padded=True),
         Row("fp8-static", ("--scheme", "fp8-static"), "rtn"),
         Row("int8", ("--scheme", "int8")),
         *(
@@ -83,6 +100,8 @@ def rows() -> list[Row]:
         Row("fp8-block, attention and dense only", ("--scheme", BLOCK), None, "deepseek"),
     ]
     found += [
+        Row(PADDED, ("--scheme", "fp8-block"), None, "deepseek", is_padded=True),
+        Row(PADDED, ("--scheme", "fp8-block"), None, "modelopt", is_padded=True),
         Row("fp8-block, attention and dense only", ("--scheme", BLOCK), None, "modelopt"),
         Row("fp8", ("--scheme", "fp8"), None, "modelopt"),
         Row("fp8-static", ("--scheme", "fp8-static"), "rtn", "modelopt"),
@@ -109,6 +128,22 @@ def statistics(scratch: Path) -> dict[str, tuple[str, ...]]:
     return {"rtn": ("--stats", str(scratch / "rtn.stats.json")), "gptq": ("--calibrate", str(text))}
 
 
+def padded(folder: Path) -> Path:
+    """Write the fixture with experts of BLOCK_COLUMNS, what is new being zeros, and return the folder."""
+    shutil.copytree(TINY, folder, ignore=shutil.ignore_patterns("*.safetensors*"))
+    raw = read_json(TINY / CONFIG_FILE) | {"moe_intermediate_size": BLOCK_COLUMNS}
+    (folder / CONFIG_FILE).write_text(json.dumps(raw))
+    with open_source(TINY) as source:
+        wide = expand(Glm4MoeConfig.from_hf(raw), mtp=source.schema.has_mtp, mtp_copies=source.schema.has_mtp_copies)
+        tensors = {}
+        for name, tensor in wide.tensors.items():
+            tensors[name] = torch.zeros(tensor.shape, dtype=torch_dtype(source.reader.entry(name).dtype))
+            value = source.reader.read(name)
+            tensors[name][tuple(map(slice, value.shape))] = value
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
 def stored_bits(folder: Path) -> float:
     """Return the bits that a quantized weight takes, its scales included."""
     with open_source(folder) as source:
@@ -120,6 +155,11 @@ def stored_bits(folder: Path) -> float:
         entries = (source.reader.entry(name) for name in source.reader.names if not name.endswith("bias"))
         num_bytes = sum(entry.nbytes for entry in entries if entry.name.rpartition(".")[0] in modules)
     return 8 * num_bytes / sum(modules.values())
+
+
+def weight_bytes(folder: Path) -> int:
+    """Return the size of a checkpoint's weights."""
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
 
 
 def inputs_of(folder: Path) -> str | None:
@@ -136,10 +176,10 @@ def engines(row: Row) -> list[str]:
     return list(engines_of(recipes, schemes))
 
 
-def judged(folder: Path, activations: str, num_tokens: int | None) -> dict[str, Any]:
-    """Return what verify finds; the levels that run no model are the same for all activations."""
+def judged(folder: Path, source: Path, activations: str, num_tokens: int | None) -> dict[str, Any]:
+    """Return what verify finds beside the source; the levels that run no model are the same for all activations."""
     size = () if num_tokens is None else ("--num-tokens", str(num_tokens))
-    how = ("--against", TINY, "--text", HELD_OUT, "--level", "logits", "--activations", activations, *size)
+    how = ("--against", source, "--text", HELD_OUT, "--level", "logits", "--activations", activations, *size)
     report = run("verify", folder, *how, accept=(0, 3))["result"]
     summary = report["logits"]["summary"]
     kl, perplexity, top1 = summary["kl_nats"]["estimate"], summary["perplexity"], summary["top1"]
@@ -153,7 +193,7 @@ def judged(folder: Path, activations: str, num_tokens: int | None) -> dict[str, 
         "top1": {"mean": top1["mean"], "se": top1["se_block"]},
     }
     if activations == FULL:
-        files = run("verify", folder, "--against", TINY, "--level", "standard", accept=(0, 3))["result"]
+        files = run("verify", folder, "--against", source, "--level", "standard", accept=(0, 3))["result"]
         if files["verdict"] != "pass":
             found |= {"verdict": files["verdict"], "reasons": [*files["reasons"], *found["reasons"]]}
         coded = [scheme for scheme in files["weights"]["schemes"] if scheme["scheme"] != "plain"]
@@ -169,20 +209,33 @@ def measured(row: Row, scratch: Path, stats: dict[str, tuple[str, ...]], num_tok
     for path in scratch.glob("out.*"):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     options = (*row.options, "--format", row.format)
-    run("quantize", TINY, folder, *options, *(stats[row.stats] if row.stats else ()))
+    source = scratch / "padded" if row.is_padded else TINY
+    run("quantize", source, folder, *options, *(stats[row.stats] if row.stats else ()))
     inputs = inputs_of(folder)
     return {
         "name": row.name,
         "format": row.format,
         "options": list(options),
         "calibrated": row.stats is not None,
-        "bytes": sum(path.stat().st_size for path in folder.glob("*.safetensors")),
+        "bytes": weight_bytes(folder),
+        "source_bytes": weight_bytes(source),
         "bits_per_quantized_weight": stored_bits(folder),
         "inputs": inputs,
         "engines": engines(row),
-        "weights_alone": judged(folder, FULL, num_tokens),
-        "as_served": judged(folder, AS_SERVED, num_tokens) if inputs else None,
+        "weights_alone": judged(folder, source, FULL, num_tokens),
+        "as_served": judged(folder, source, AS_SERVED, num_tokens) if inputs else None,
     }
+
+
+def begin(scratch: Path, *, resume: bool) -> list[dict[str, Any]]:
+    """Lay down what is measured on and return the rows that an earlier run has finished; none unless it is resumed."""
+    if not resume:
+        shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(scratch / "padded", ignore_errors=True)
+    padded(scratch / "padded")
+    path = scratch / DONE
+    return json.loads(path.read_text()) if path.exists() else []
 
 
 def verdict_as_served(found: dict[str, Any]) -> str:
@@ -203,18 +256,22 @@ def main() -> None:
     parser.add_argument("scratch", type=Path)
     parser.add_argument("--num-tokens", type=int)
     parser.add_argument("--only", nargs="+", metavar="NAME", help="rows with these names, the others as they were")
+    parser.add_argument("--resume", action="store_true", help="go on with what a run that was cut off left in SCRATCH")
     args = parser.parse_args()
-    shutil.rmtree(args.scratch, ignore_errors=True)
-    args.scratch.mkdir(parents=True)
-    before = json.loads(RESULT.read_text())["rows"] if args.only else []
-    known = {(row["name"], row["format"]): row for row in before}
+    done, before = begin(args.scratch, resume=args.resume), []
+    if args.only:
+        before = json.loads(RESULT.read_text())["rows"]
+    known = {(row["name"], row["format"]): row for row in (*before, *done)}
+    kept = {(row["name"], row["format"]) for row in done}
     stats, refused = statistics(args.scratch), {}
     for row in rows():
         key = (row.name, row.format)
-        if args.only and row.name not in args.only:
+        if key in kept or (args.only and row.name not in args.only):
             continue
         try:
             known[key] = measured(row, args.scratch, stats, args.num_tokens)
+            done.append(known[key])
+            write_file(args.scratch / DONE, json.dumps(done).encode())
             print(key, known[key]["weights_alone"]["kl_nats"], flush=True)
         except RuntimeError as error:
             refused[" as ".join(key)] = str(error)
@@ -223,7 +280,7 @@ def main() -> None:
         RESULT,
         {
             "environment": environment(),
-            "source": {"bytes": sum(path.stat().st_size for path in TINY.glob("*.safetensors"))},
+            "source": {"bytes": weight_bytes(TINY)},
             "held_out_sha256": hashlib.sha256(HELD_OUT.read_bytes()).hexdigest(),
             "calibration": "glm4moe calibrate with its defaults, on the training text",
             "rows": [known[row.name, row.format] for row in rows() if (row.name, row.format) in known],

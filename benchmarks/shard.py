@@ -4,8 +4,8 @@
 
 Makes a synthetic GLM-4.5-Air checkpoint (6.54 GB with 64 experts) under SCRATCH, shards it once for what starts from
 shards, runs everything interleaved, and writes benchmarks/results/shard.json: medians, spread, ratios to cp, peak
-memory, by whether what is read is in the page cache before each run; whether the merged checkpoint has the content
-digest of the original; bytes of each rank for released models.
+memory, by what is done before each run about page cache and free memory (`measure.STATES`); whether the merged
+checkpoint has the content digest of the original; bytes of each rank for released models.
 """
 
 import argparse

@@ -27,7 +27,10 @@ SPEED_OF = {
 }
 SPEED_FORMAT = "compressed-tensors"
 # what a row stands for where its options alone do not say it
-REMARKS = {"fp8-block, attention and dense only": "experts, 64 wide, stay bf16"}
+REMARKS = {
+    "fp8-block, attention and dense only": "experts, 64 wide, stay bf16",
+    "fp8-block, experts padded": "experts padded from 64 to 128 by zeros",
+}
 SPEED_NAMES = {
     "fp8-block": "`fp8-block`, all but dense layers",
     "nvfp4-weight-only": "`nvfp4-weight-only --scale-search none`",
@@ -87,7 +90,7 @@ def quality_table(quality: dict[str, Any], speed: dict[str, Any]) -> str:
     rows = []
     for row in quality["rows"]:
         alone, served = row["weights_alone"], row["as_served"]
-        share = row["bytes"] / quality["source"]["bytes"]
+        share = row["bytes"] / row.get("source_bytes", quality["source"]["bytes"])
         rows.append(
             (
                 scheme_cell(row),

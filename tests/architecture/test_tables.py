@@ -61,7 +61,8 @@ def test_blocks_say_what_stays_as_it_is() -> None:
     rows = [row for row in tables.load("quality")["rows"] if "fp8-block" in row["name"]]
     assert {row["format"] for row in rows} == {"compressed-tensors", "deepseek", "modelopt"}
     assert {tables.scheme_cell(row) for row in rows} == {
-        "`attention=fp8-block,dense=fp8-block`; experts, 64 wide, stay bf16"
+        "`attention=fp8-block,dense=fp8-block`; experts, 64 wide, stay bf16",
+        "`fp8-block`; experts padded from 64 to 128 by zeros",
     }
 
 
