@@ -28,8 +28,9 @@ def start_pool(num_workers: int, name: str) -> ThreadPoolExecutor:
             check_room()
             # each waits, so that the pool starts one more for the next
             pool.submit(gate.wait)
+        # before the pool is let go: one that is interrupted here must not wait for its gate at exit
+        gate.set()
         undo.pop_all()
-    gate.set()
     return pool
 
 

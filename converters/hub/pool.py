@@ -35,8 +35,11 @@ def run_jobs(items: Iterable[Item], work: Callable[[Item, Event], None], num_wor
                 return
             work(item, stop)
 
-    ended = start_threads(loop, min(num_workers, len(todo)))
+    ended: list[Future[None]] = []
     try:
+        # where there is no room for the last of them, those before it have begun
+        for _ in range(min(num_workers, len(todo))):
+            ended += start_threads(loop, 1)
         wait_for_all(ended)
     finally:
         stop.set()

@@ -100,5 +100,6 @@ def _renamed(pattern: _Pattern, stored: Stored, suffixes: Sequence[str], sources
 
 
 def _moved(rows: SourceRows, names: Mapping[str, str]) -> SourceRows:
+    assert not rows.beside, rows
     right = rows.right if rows.right is None else _moved(rows.right, names)
     return SourceRows(names[rows.name], rows.start, rows.stop, rows.columns, (), right, rows.is_shared)

@@ -1,5 +1,6 @@
 """From the blocks that a quantizing transform made back to weights, row by row: what its errors are measured on."""
 
+import math
 from typing import TYPE_CHECKING
 
 from converters.quant.quality import TensorQuality
@@ -103,8 +104,14 @@ class Sampler:
         index_S = torch.arange(first, len(rows_RC), every)
         weights_SC = rows_RC[index_S].float()
         restored_SC, reach = restore(self.transform, blocks, index_S, rows_RC.shape[1])
-        # squares in fp32 are off by 2^-24 at most, which the digits that are kept do not show
-        self.squared_errors += (weights_SC - restored_SC).square_().sum(dim=1, dtype=torch.float64).tolist()
-        self.squares += weights_SC.square().sum(dim=1, dtype=torch.float64).tolist()
-        self.clipped += int((weights_SC.abs() > reach).sum())
+        magnitudes_SC = weights_SC.abs()
+        # rows are brought near 1 by powers of two, exactly: squares in fp32 are 0 below 1e-22 and inf above 2e19;
+        # near 1 they are off by some 2^-24, which the digits that are kept do not show
+        exponents_S = [max(-100, min(100, math.frexp(most)[1])) for most in magnitudes_SC.amax(dim=1).tolist()]
+        near_one_S1 = torch.tensor([[2.0**-exponent] for exponent in exponents_S])
+        back_S = torch.tensor([4.0**exponent for exponent in exponents_S], dtype=torch.float64)
+        errors_SC = (weights_SC - restored_SC).mul_(near_one_S1).square_()
+        self.squared_errors += (errors_SC.sum(dim=1, dtype=torch.float64) * back_S).tolist()
+        self.squares += ((weights_SC * near_one_S1).square_().sum(dim=1, dtype=torch.float64) * back_S).tolist()
+        self.clipped += int((magnitudes_SC > reach).sum())
         self.count += weights_SC.numel()

@@ -144,7 +144,10 @@ def plan_run(
         from runtime.verify.replayed import planned_replay
         from runtime.verify.store import StoredReference
 
-        with StoredReference.open(reference) as stored, planned_replay(stored, candidate, runs.how) as replay:
+        with (
+            StoredReference.open(reference) as stored,
+            planned_replay(stored, candidate, runs.how, source=source) as replay,
+        ):
             memory, read_bytes = replay.memory, replay.read_bytes
         facts |= _memory_facts(memory, read_bytes)
         plan |= {"memory": memory, "peak_bytes": memory.peak_bytes, "read_bytes": read_bytes}

@@ -131,7 +131,8 @@ reference_options = _all(
         "--reference",
         type=_readable,
         metavar="FILE",
-        help="Compare logits with what --save-reference kept, and layers if it kept them; SRC may be missing then.",
+        help="Compare with what --save-reference kept: logits, or with --level layers the layers, if it kept them; SRC "
+        "may be missing then.",
     ),
     click.option(
         "--save-reference",

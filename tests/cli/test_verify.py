@@ -415,6 +415,14 @@ def test_reference_has_no_floor(program: Program, copy: Path, tmp_path: Path) ->
         assert (ended.exit_code, ended.stderr) == (2, expected)
 
 
+def test_limit_of_layers_beside_a_reference_alone_is_refused(program: Program, copy: Path, tmp_path: Path) -> None:
+    """It was told that there was no text, and so no logits, which are what would be compared."""
+    (tmp_path / "f").write_text("no reference; the options are looked at first")
+    ended = program("verify", str(copy), "--reference", str(tmp_path / "f"), "--max-layer-error", "1")
+    expected = "Error: --max-layer-error: expected --level layers or all, found --reference alone: logits. "
+    assert (ended.exit_code, ended.stderr) == (2, expected + "It would be ignored.\n")
+
+
 def test_saving_alone_refuses_what_compares(program: Program, source: Path, tmp_path: Path) -> None:
     call = ("verify", str(source), "--save-reference", str(tmp_path / "kept.safetensors"))
     ended = program(*call, "--max-kl", "1")

@@ -13,8 +13,11 @@ from converters.job import run
 from converters.official import OfficialTensors, read_unit
 from converters.pipeline import RunOptions
 from converters.quant.quality import SAMPLE_EVERY, TensorQuality, by_role, mean, worst
+from converters.quant.scheme import Arithmetic
 from converters.quantize import QuantizeOptions, plan_quantize
 from converters.source import open_source
+from converters.transforms.quantize import QuantizeFp8Channel
+from converters.transforms.restore import Sampler
 
 SCHEMES = {
     "fp8": {"scheme": "fp8"},
@@ -50,6 +53,20 @@ def test_of_sums_is_the_definition() -> None:
     assert found.sqnr_db == pytest.approx(20.0)
     assert TensorQuality.of_sums([0.0], [0.0], 0, 4) == TensorQuality(0.0, 0.0)
     assert TensorQuality(0.0, 0.0).sqnr_db == math.inf
+
+
+@pytest.mark.parametrize("exponent", [-100, -70, 60, 90])
+def test_tiny_and_huge_weights_have_the_errors_of_others(exponent: int) -> None:
+    """Their squares were 0 or infinite: an error of 0, or none that is a number."""
+    rows_RC = torch.randn(32, 16, generator=torch.Generator().manual_seed(0))
+    codes, scale_R1 = rows_RC.to(torch.float8_e4m3fn), torch.ones(32, 1)
+    found = []
+    for factor in (1.0, 2.0**exponent):
+        sampler = Sampler(QuantizeFp8Channel(Arithmetic.FLOAT32))
+        sampler.add(0, rows_RC * factor, (codes, scale_R1 * factor), SAMPLE_EVERY)
+        found.append(sampler.quality)
+    assert found[0] == found[1]
+    assert 0.01 < found[0].relative_error < 0.1
 
 
 def test_summaries() -> None:

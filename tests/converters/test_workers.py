@@ -12,7 +12,6 @@ from converters.workers import ROOM_BYTES, check_room, start_pool
 
 NEAR_THE_LIMIT = """
 import mmap, resource, sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 import torch
 from converters.workers import start_pool

@@ -380,3 +380,22 @@ def test_jobs_stop_when_one_fails() -> None:
         run_jobs(range(1000), work, 2)
     assert set(seen) <= {0, 1, 2, 3, 4}
     run_jobs([], work, 2)
+
+
+def test_jobs_stop_where_the_last_thread_finds_no_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those before it went on after the run had ended."""
+    told, asked = threading.Event(), []
+
+    def refuse_second() -> None:
+        asked.append(1)
+        if len(asked) == 2:
+            raise MemoryError
+
+    def work(_: int, stop: threading.Event) -> None:
+        if stop.wait(PATIENCE_SECONDS):
+            told.set()
+
+    monkeypatch.setattr("converters.hub.pool.check_room", refuse_second)
+    with pytest.raises(MemoryError):
+        run_jobs(range(2), work, 2)
+    assert told.is_set()
