@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from converters.errors import UsageError
-from converters.quant.identity import model_digest
+from converters.quant.identity import described, model_digest
 from converters.quant.policy import fused_groups
 from converters.quant.scheme import Format, Recipe
 from converters.schema import Role, Tensor
@@ -53,7 +53,7 @@ class Calibrated:
             raise UsageError(
                 "--stats",
                 expected=f"statistics of the model in {source.folder}, in any layout",
-                found=f"those of a model with digest {str(found)[:12]}; this one has {digest[:12]}",
+                found=described(found, digest),
                 next_step=how,
             )
         static = {name: recipe.scheme for name, recipe in recipes.items() if recipe.info.has_input_scale}

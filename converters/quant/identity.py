@@ -59,3 +59,10 @@ def _sample(source: Source, tensor: LogicalTensor) -> bytes:
         source.reader.read_into(piece.stored, piece.begin, memoryview(data)[filled : filled + count])
         filled += count
     return bytes(data)
+
+
+def described(found: object, digest: str) -> str:
+    """Return what to say of statistics with the digest `found`, or with none, of a model with another."""
+    if found is None:
+        return "those of an earlier version, which do not say of which model they are"
+    return f"those of a model with digest {str(found)[:12]}; this one has {digest[:12]}"

@@ -25,7 +25,7 @@ from converters.checkpoint.plan import OutputTensor, Shard, SourceRows, Unit
 from converters.checkpoint.writer import ShardWriter, disk_errors, remove_partials, write_file
 from converters.config import read_json
 from converters.errors import InputError, UsageError
-from converters.quant.identity import model_digest
+from converters.quant.identity import described, model_digest
 from converters.quant.quality import TensorQuality
 from converters.quant.scheme import Recipe
 from converters.schema import Tensor
@@ -128,8 +128,8 @@ class Rounded:
         if found != digest:
             raise UsageError(
                 f"rounded weights {self.folder}",
-                expected=f"those of the model in {source.folder}, with digest {digest[:12]}",
-                found=f"those of a model with digest {str(found)[:12]}",
+                expected=f"those of the model in {source.folder}",
+                found=described(found, digest),
                 next_step="Run quantize with --method gptq and --calibrate TEXT.",
             )
         index = source.reader.index

@@ -89,3 +89,8 @@ def test_statistics_serve_every_layout_and_no_other_model(tmp_path: Path) -> Non
     assert all(torch.equal(same[name], other[name]) for name in scales)
     with pytest.raises(UsageError, match="--stats: expected statistics of the model in .*, in any layout, found those"):
         quantize(checkpoint(tmp_path / "other", seed=1), tmp_path / "c", "nvfp4", stats=stats)
+
+
+def test_statistics_without_a_digest_are_said_to_be_old() -> None:
+    assert described(None, "ab") == "those of an earlier version, which do not say of which model they are"
+    assert "digest cd; this one has ab" in described("cd", "ab")
