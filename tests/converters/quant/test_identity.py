@@ -12,7 +12,7 @@ from converters.errors import UsageError
 from converters.job import run
 from converters.layout import Layout
 from converters.pipeline import RunOptions
-from converters.quant.identity import SAMPLE_BYTES, model_digest
+from converters.quant.identity import SAMPLE_BYTES, described, model_digest
 from converters.source import open_source
 from tests.builders import small_config
 
