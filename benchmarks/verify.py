@@ -192,6 +192,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, nargs="+", default=[16, 1024])
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--keep", action="store_true", help="use checkpoints that are there, and leave them")
+    parser.add_argument("--add", action="store_true", help="add to the committed result, of the same checkpoints")
     parser.add_argument("--compare", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--multiply", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -216,9 +217,15 @@ def main() -> None:
         "whole_model": plan_whole(args.model, args.scratch),
         "tokens": {},
     }
+    if args.add:
+        before = json.loads(RESULT.read_text())
+        same = ("environment", "model", "experts", "bytes")
+        if {key: before[key] for key in same} != {key: result[key] for key in same}:
+            raise SystemExit(f"{RESULT} is of other checkpoints or versions")
+        result["tokens"] = before["tokens"]
     for num_tokens in args.tokens:
         rounds = args.rounds if num_tokens <= FEW_TOKENS else 1
-        result["tokens"][num_tokens] = measure(source, candidate, num_tokens, rounds, args.scratch)
+        result["tokens"][str(num_tokens)] = measure(source, candidate, num_tokens, rounds, args.scratch)
         write_result(RESULT, result)
     if not args.keep:
         shutil.rmtree(source)
