@@ -1,5 +1,6 @@
 """Shared fixtures: paths of the committed data, and a small complete checkpoint."""
 
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,6 +10,9 @@ from builders import small_checkpoint
 
 # inner threads of small operations only wait for each other, and for whoever else uses the machine
 torch.set_num_threads(1)
+# a job in the background of a shell ignores Ctrl-C, and so would every program that a test starts and interrupts
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).resolve().parent.parent
 TALLY = pytest.StashKey[list[str]]()
