@@ -8,10 +8,11 @@ from pathlib import Path
 from threading import Event
 from typing import Any
 
+from converters.checkpoint.content_digest import new_hasher
 from converters.checkpoint.disk_read import read_file
 from converters.checkpoint.header import TensorEntry, read_header
 from converters.checkpoint.journal import LISTING_FILE
-from converters.checkpoint.manifest import DISTRIBUTION_KEY, MANIFEST_FILE, read_manifest
+from converters.checkpoint.manifest import DISTRIBUTION_KEY, MANIFEST_FILE, read_manifest, tensor_record
 from converters.errors import InputError
 from converters.findings import Finding, fail
 from converters.hub.listing import read_listing, select
@@ -100,7 +101,7 @@ def _recorded(folder: Path, manifest: Mapping[str, Any]) -> dict[str, dict[str, 
         for part in facts["slices"]:
             # one digest for all ranks of a slice, so copies that differ are seen
             for rank in part["ranks"]:
-                by_rank.setdefault(rank, {})[name] = {"dtype": facts["dtype"], "sha256": part["sha256"]}
+                by_rank.setdefault(rank, {})[name] = {"dtype": facts["dtype"], **part}
     for file, facts in manifest["shards"].items():
         own = by_rank.get(facts.get("rank"), {})
         tensors[file] = {name: own.pop(name) for name in _names_in(folder / file) if name in own}
@@ -169,7 +170,9 @@ def _check_tensor(
         return fail(subject, expected, "nothing")
     if (entry.dtype, list(entry.shape)) != (facts["dtype"], shape):
         return fail(subject, expected, f"{entry.dtype} {list(entry.shape)}")
-    digest, buffer, position = hashlib.sha256(), memoryview(bytearray(min(_BLOCK_BYTES, max(1, entry.nbytes)))), 0
+    known = tensor_record(name, facts).content
+    digest, position = new_hasher(known.algorithm), 0
+    buffer = memoryview(bytearray(min(_BLOCK_BYTES, max(1, entry.nbytes))))
     while position < entry.nbytes and not stop.is_set():
         count = os.preadv(descriptor, [buffer[: entry.nbytes - position]], entry.begin + position)
         if count == 0:
@@ -177,4 +180,4 @@ def _check_tensor(
         digest.update(buffer[:count])
         position += count
     found = digest.hexdigest()
-    return None if found == facts["sha256"] or stop.is_set() else fail(subject, f"sha256 {facts['sha256']}", found)
+    return None if found == known.digest or stop.is_set() else fail(subject, str(known), found)

@@ -7,6 +7,7 @@ from enum import StrEnum
 from typing import Any
 
 from converters.carried_card import carried_card
+from converters.checkpoint.content_digest import Algorithm
 from converters.checkpoint.coverage import check_complete
 from converters.checkpoint.dtypes import BY_CONFIG_NAME
 from converters.checkpoint.index import MTP_FILE
@@ -39,13 +40,17 @@ class MtpChoice(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ConvertOptions:
-    """What to change; None keeps what the source has. `dtype` is a config.json name: bfloat16, float16, float32."""
+    """What to change; None keeps what the source has. `dtype` is a config.json name: bfloat16, float16, float32.
+
+    `digest`: by which the manifest knows what is written; None: the planner's choice.
+    """
 
     layout: Layout | None = None
     dtype: str | None = None
     dequantize: bool = False
     mtp: MtpChoice = MtpChoice.KEEP
     max_shard_bytes: int = DEFAULT_MAX_SHARD_BYTES
+    digest: Algorithm | None = None
 
 
 def plan_convert(source: Source, options: ConvertOptions) -> Conversion:
@@ -68,7 +73,7 @@ def plan_convert(source: Source, options: ConvertOptions) -> Conversion:
     keep_mtp = options.mtp is MtpChoice.KEEP
     body = [stored for stored in target.stored.values() if keep_mtp or not is_mtp[stored.name]]
     shards = pack_shards(_units(planner, body), options.max_shard_bytes)
-    plan = OutputPlan((*shards, *separate), planner.dropped)
+    plan = OutputPlan((*shards, *separate), planner.dropped, digest=options.digest or Algorithm.SHA256)
     check_complete(plan, map(source.reader.entry, source.reader.names))
     generated = generated_files(source, target, options)
     config = new_config(source, target, options)
@@ -81,7 +86,7 @@ def plan_convert(source: Source, options: ConvertOptions) -> Conversion:
         tuple(name for name in passthrough(source, options) if name not in generated),
         "convert",
         # what is meant, however it was asked for
-        asdict(replace(options, layout=target.layout)),
+        asdict(replace(options, layout=target.layout, digest=plan.digest)),
         generated=generated,
         notes=card_notes(source) if options.dequantize else (),
     )

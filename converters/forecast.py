@@ -1,10 +1,10 @@
 """What a conversion will take: bytes, disk, memory, time at a measured rate, and what the result fits."""
 
-import hashlib
 import time
 from dataclasses import dataclass
 
 from converters.blocks import as_bytes
+from converters.checkpoint.content_digest import new_hasher
 from converters.checkpoint.plan import Unit
 from converters.conversion import Conversion
 from converters.copying import begin
@@ -95,9 +95,9 @@ def _seconds_per_byte(conversion: Conversion, options: RunOptions, transform: st
     """Run a transform on some rows of its largest unit, without writing, and return seconds per output byte."""
     units = [u for shard in conversion.plan.shards for u in shard.units if u.transform.name == transform]
     largest = max(units, key=_nbytes)
-    run = Run(conversion.source.reader, options, lambda _: None)
-    digest, made, start = hashlib.sha256(), 0, time.perf_counter()
-    for _, blocks in begin(largest, run, None if is_plain_copy(largest) else SourceDigest(largest)).blocks():
+    run = Run(conversion.source.reader, options, lambda _: None, conversion.plan.digest)
+    digest, made, start = new_hasher(run.digest), 0, time.perf_counter()
+    for _, blocks in begin(largest, run, None if is_plain_copy(largest) else SourceDigest()).blocks():
         for block in blocks:
             data = as_bytes(block, run.cuts)
             digest.update(data)

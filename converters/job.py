@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import converters
 from converters.checkpoint.disk_read import read_file
 from converters.checkpoint.index import INDEX_FILE
 from converters.checkpoint.journal import JOURNAL_FILE, ShardRecord, append_journal, create_json, open_job, read_journal
@@ -95,7 +94,8 @@ def run(
     """
     how = how or JobOptions()
     check_job(conversion, dst, options, how)
-    shared = Run(conversion.source.reader, options, on_bytes, previous=how.previous, on_unit=on_unit, feed=how.feed)
+    reader, digest = conversion.source.reader, conversion.plan.digest
+    shared = Run(reader, options, on_bytes, digest, previous=how.previous, on_unit=on_unit, feed=how.feed)
     with locked(dst, suffix_of(how.part)) as lock:
         return _run_locked(_Task(conversion, lock, how, shared))
 
@@ -124,7 +124,7 @@ def _update(task: _Task) -> Outcome:
     """Build the new result beside the finished old one, then exchange them."""
     conversion, shared = task.conversion, task.run
     inner = prepare_update(task.state, conversion.identity)
-    previous = Previous.open(task.dst, converters.__version__, conversion.source.reader, shared.options)
+    previous = Previous.open(task.dst, conversion.identity, conversion.source.reader, shared.options)
     try:
         how = JobOptions(previous=previous)
         outcome = run(conversion, inner, shared.options, shared.on_bytes, how, shared.on_unit)

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from converters.accelerator import Accelerator
 from converters.blocks import Scratch, as_bytes, row_bytes
+from converters.checkpoint.content_digest import Algorithm
 from converters.checkpoint.journal import ShardRecord, TensorRecord
 from converters.checkpoint.plan import Columns, OutputPlan, Shard, Unit
 from converters.checkpoint.reader import CheckpointReader
@@ -116,11 +117,15 @@ class Stop(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """What the workers of one run share: where to read, how much at once, whom to tell, and whether to stop."""
+    """What the workers of one run share: where to read, how much at once, whom to tell, and whether to stop.
+
+    `digest`: the plan's algorithm.
+    """
 
     reader: CheckpointReader
     options: RunOptions
     on_bytes: Progress
+    digest: Algorithm = Algorithm.SHA256
     stop: threading.Event = field(default_factory=threading.Event)
     scratch: Scratch = field(default_factory=Scratch)
     cuts: Scratch = field(default_factory=Scratch)
@@ -217,10 +222,8 @@ def _write_reads(group: list[tuple[Unit, ShardRun]], run: Run) -> None:
     by_columns: dict[Columns | None, list[tuple[Unit, ShardRun]]] = {}
     for unit, shard_run in group:
         by_columns.setdefault(unit.sources[0].columns, []).append((unit, shard_run))
-    # files that are written together are for ranks
-    digests = {columns: OutputDigest(units[0][0], is_of_rank=True) for columns, units in by_columns.items()}
-    changed = next((unit for unit, _ in group if not is_plain_copy(unit)), None)
-    source_digest = SourceDigest(changed) if changed else None
+    digests = {columns: OutputDigest(units[0][0], run.digest) for columns, units in by_columns.items()}
+    source_digest = None if all(is_plain_copy(unit) for unit, _ in group) else SourceDigest()
     for row, (block,) in begin(all_columns(first), run, source_digest).blocks():
         for columns, units in by_columns.items():
             data = as_bytes(block if columns is None else block[:, columns.start : columns.stop], run.cuts)
@@ -243,9 +246,8 @@ def _write_unit(unit: Unit, shard_run: ShardRun, run: Run) -> None:
 
 
 def _make_unit(unit: Unit, shard_run: ShardRun, run: Run) -> dict[str, TensorRecord]:
-    is_of_rank = shard_run.shard.rank is not None
-    digests = {output.name: OutputDigest(unit, is_of_rank=is_of_rank) for output in unit.outputs}
-    source_digest = None if is_plain_copy(unit) else SourceDigest(unit)
+    digests = {output.name: OutputDigest(unit, run.digest) for output in unit.outputs}
+    source_digest = None if is_plain_copy(unit) else SourceDigest()
     making = begin(unit, run, source_digest)
     for row, blocks in making.blocks():
         for output, block in zip(unit.outputs, blocks, strict=True):

@@ -1,6 +1,5 @@
 """Prove finished parts by content: an output shard by its recorded digests, a source by the digest of what was read."""
 
-import hashlib
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -8,6 +7,8 @@ from pathlib import Path
 from threading import Event
 
 from converters.blocks import Scratch, as_bytes, digest_rows, largest_magnitude
+from converters.checkpoint.content_digest import Algorithm, ContentDigest, new_hasher
+from converters.checkpoint.header import TensorEntry
 from converters.checkpoint.journal import ShardRecord
 from converters.checkpoint.plan import Shard, Unit
 from converters.checkpoint.reader import CheckpointReader
@@ -43,7 +44,7 @@ def prove_shards(
 def shard_is_proved(dst: Path, shard: Shard, record: ShardRecord | None, proof: Proof) -> bool:
     """Return whether the shard stands in dst, byte for byte as it was recorded.
 
-    Size, header and the sha256 of every tensor are compared; names and times prove nothing. What cannot be read, or is
+    Size, header and the digest of every tensor are compared; names and times prove nothing. What cannot be read, or is
     not because the run stops, is not proved.
     """
     path = dst / shard.file
@@ -56,8 +57,7 @@ def shard_is_proved(dst: Path, shard: Shard, record: ShardRecord | None, proof: 
             if file.read(len(shard.header)) != shard.header:
                 return False
             return all(
-                _digest(file.fileno(), entry.begin, entry.end, proof) == record.tensors[entry.name].sha256
-                for entry in shard.entries
+                _is_known_by(record.tensors[entry.name].content, file.fileno(), entry, proof) for entry in shard.entries
             )
     except OSError:
         return False
@@ -85,36 +85,35 @@ def changed_source_tensor(
             record = journal[shard.file].tensors.get(unit.outputs[0].name)
             if record is None:
                 continue
-            if source_digest_of(conversion.source.reader, unit, block_bytes) != record.source_digest:
+            if source_digest_of(conversion.source.reader, unit, block_bytes, record.source.algorithm) != record.source:
                 return unit.sources[0].name
     return None
 
 
-def source_digest_of(reader: CheckpointReader, unit: Unit, block_bytes: int) -> str:
+def source_digest_of(reader: CheckpointReader, unit: Unit, block_bytes: int, algorithm: Algorithm) -> ContentDigest:
     """Hash what decides a unit's outputs, in the order in which it is read: its group's largest magnitude, its rows.
-
-    Returns the digest as records have it, with its algorithm.
-
 
     Args:
         block_bytes: the most to read at once; it makes no difference to the digest.
+        algorithm: that of the digest to compare with.
     """
-    digest = SourceDigest(unit)
+    digest = SourceDigest(algorithm)
     if unit.group:
         digest.update(as_bytes(largest_magnitude(reader, unit.group, Scratch(), block_bytes)))
     buffer = memoryview(bytearray(block_bytes))
     for rows in unit.sources:
         for name, start, stop in rows.reads():
             digest_rows(reader, name, start, stop, digest, buffer)
-    return digest.text
+    return digest.found
 
 
-def _digest(descriptor: int, begin: int, end: int, proof: Proof) -> str:
-    digest, buffer = hashlib.sha256(), memoryview(bytearray(min(proof.block_bytes, max(1, end - begin))))
-    while begin < end:
-        count = os.preadv(descriptor, [buffer[: end - begin]], begin)
+def _is_known_by(known: ContentDigest, descriptor: int, entry: TensorEntry, proof: Proof) -> bool:
+    hasher, position = new_hasher(known.algorithm), entry.begin
+    buffer = memoryview(bytearray(min(proof.block_bytes, max(1, entry.nbytes))))
+    while position < entry.end:
+        count = os.preadv(descriptor, [buffer[: entry.end - position]], position)
         if count == 0 or proof.stop.is_set():
-            return ""
-        digest.update(buffer[:count])
-        begin += count
-    return digest.hexdigest()
+            return False
+        hasher.update(buffer[:count])
+        position += count
+    return hasher.hexdigest() == known.digest

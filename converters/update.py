@@ -9,19 +9,19 @@ moment a failed or killed update costs nothing.
 Disk: old and new result together, until the exchange; linked shards count once.
 """
 
-import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from converters.checkpoint.content_digest import Algorithm, new_hasher
 from converters.checkpoint.header import read_header
 from converters.checkpoint.index import INDEX_FILE, CheckpointIndex
 from converters.checkpoint.journal import JOB_FILE, STATE_FOLDER, SWAP_FILE, ShardRecord, TensorRecord
-from converters.checkpoint.manifest import MANIFEST_FILE, plain_name, provenance, read_manifest
+from converters.checkpoint.manifest import MANIFEST_FILE, plain_name, provenance, read_manifest, tensor_record
 from converters.checkpoint.plan import Shard, Unit
 from converters.checkpoint.reader import CheckpointReader
 from converters.checkpoint.writer import disk_errors, link_durably, sync_folder, write_json
@@ -116,11 +116,17 @@ class Previous:
     block_bytes: int
 
     @classmethod
-    def open(cls, dst: Path, version: str, source: CheckpointReader, options: RunOptions) -> "Previous":
-        """Return the old result; one that another version made is not reused, for its transforms may differ."""
+    def open(cls, dst: Path, job: Mapping[str, Any], source: CheckpointReader, options: RunOptions) -> "Previous":
+        """Return the old result; it is not reused if another version made it, whose transforms may differ.
+
+        Nor if it has other digests than the new one is to have.
+        """
         manifest = read_manifest(dst)
         assert manifest is not None, dst
-        reusable = manifest["job"]["version"] == version
+        old = manifest["job"]
+        # quantize knows no other
+        own, others = (known.get("options", {}).get("digest", Algorithm.SHA256) for known in (job, old))
+        reusable = old["version"] == job["version"] and own == others
         shards = {name: facts for name, facts in manifest["shards"].items() if reusable and (dst / name).is_file()}
         entries = {entry.name: (file, entry) for file in shards for entry in read_header(dst / file)}
         reader = CheckpointReader(CheckpointIndex(dst, entries, tuple(shards)))
@@ -141,7 +147,7 @@ class Previous:
                 return None
             if (old["dtype"], old["shape"]) != (output.dtype, list(output.shape)):
                 return None
-            records[output.name] = TensorRecord.from_json(old)
+            records[output.name] = tensor_record(output.name, old)
         return records
 
     def link_back(self, shard: Shard, dst: Path) -> ShardRecord | None:
@@ -178,14 +184,14 @@ class Previous:
         self._check_source(unit, records)
         buffer = memoryview(bytearray(self.block_bytes))
         for name, record in records.items():
-            digest, entry = hashlib.sha256(), self.reader.entry(name)
+            digest, entry = new_hasher(record.content.algorithm), self.reader.entry(name)
             for position in range(0, entry.nbytes, len(buffer)):
                 block = buffer[: min(len(buffer), entry.nbytes - position)]
                 self.reader.read_into(name, position, block)
                 digest.update(block)
                 write(name, position, block)
                 step(len(block))
-            if digest.hexdigest() != record.sha256:
+            if digest.hexdigest() != record.content.digest:
                 raise InputError(
                     f"tensor {name} of the old result",
                     expected="the bytes that its manifest records",
@@ -195,8 +201,8 @@ class Previous:
         return records
 
     def _check_source(self, unit: Unit, records: dict[str, TensorRecord]) -> None:
-        expected = {record.source_digest for record in records.values()}
-        if {source_digest_of(self.source, unit, self.block_bytes)} != expected:
+        (expected, *others) = {record.source for record in records.values()}
+        if others or source_digest_of(self.source, unit, self.block_bytes, expected.algorithm) != expected:
             raise InputError(
                 f"source tensor {unit.sources[0].name}",
                 expected="the bytes that the old result was made of",

@@ -10,6 +10,7 @@ from typing import Any
 
 import click
 
+from converters.checkpoint.content_digest import Algorithm
 from converters.checkpoint.plan import DEFAULT_MAX_SHARD_BYTES
 from converters.errors import UsageError
 from converters.job import JobOptions
@@ -182,6 +183,17 @@ device_option = click.option(
     show_default=True,
     help="Where to compute; auto takes a GPU if there is one.",
 )
+
+
+def digest_option(show_default: str) -> _Decorator:
+    """Return the option for what the manifest knows tensors by; None, as described, unless it is given."""
+    return click.option(
+        "--digest",
+        type=click.Choice([algorithm.value for algorithm in Algorithm]),
+        callback=lambda _context, _option, value: Algorithm(value) if value else None,
+        show_default=show_default,
+        help="What the manifest knows each tensor by: 128 bits of XXH3, thirty times as fast as SHA-256.",
+    )
 
 
 _restart_option = click.option(

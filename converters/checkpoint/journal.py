@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from converters.checkpoint.content_digest import ContentDigest
 from converters.checkpoint.writer import disk_errors, sync_folder, write_json
 from converters.config import read_json
 from converters.errors import ConfigError, InputError, LockedError, UsageError
@@ -38,30 +39,30 @@ class TensorRecord:
     """What is known about a written tensor.
 
     Attributes:
-        sha256: of its bytes.
-        source_digest: of the source bytes that it was made from, with its algorithm; see `converters.digests`.
+        content: the digest of its bytes.
+        source: the digest of the source bytes that it was made from; see `converters.digests`.
         quality: errors of the codes of a quantized weight.
-        xxh3: of its bytes, where they are a rank's: what reads them back proves them by it.
     """
 
-    sha256: str
-    source_digest: str
+    content: ContentDigest
+    source: ContentDigest
     quality: TensorQuality | None = None
-    xxh3: str | None = None
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> "TensorRecord":
-        """Build from what `as_json` returned, or from a manifest's tensor; KeyError if it is of another form."""
+        """Build from what `as_json` returned, or from a manifest's tensor.
+
+        Raises:
+            KeyError, TypeError, ValueError: it is of another form.
+        """
         quality = value.get("quality")
         found = TensorQuality(**quality) if quality else None
-        return cls(value["sha256"], value["source_digest"], found, value.get("xxh3"))
+        return cls(ContentDigest.from_json(value), ContentDigest.from_text(value["source_digest"]), found)
 
     def as_json(self) -> dict[str, Any]:
         """Return it as JSON has it; no errors where nothing was quantized."""
-        facts: dict[str, Any] = {"sha256": self.sha256, "source_digest": self.source_digest}
-        if self.quality is not None:
-            facts["quality"] = asdict(self.quality)
-        return facts if self.xxh3 is None else {**facts, "xxh3": self.xxh3}
+        facts: dict[str, Any] = {**self.content.as_json(), "source_digest": self.source.text}
+        return facts if self.quality is None else {**facts, "quality": asdict(self.quality)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +75,7 @@ class ShardRecord:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> "ShardRecord":
-        """Build from a parsed journal line; KeyError if it is of another form."""
+        """Build from a parsed journal line; see `TensorRecord.from_json` for what is raised."""
         tensors = {name: TensorRecord.from_json(record) for name, record in value["tensors"].items()}
         return cls(value["file"], value["file_bytes"], tensors)
 
@@ -203,7 +204,7 @@ def read_journal(state: Path) -> dict[str, ShardRecord]:
         for line in data.split(b"\n"):
             digest, _, text = line.partition(b" ")
             if text and digest == _line_digest(text):
-                with suppress(KeyError):
+                with suppress(KeyError, TypeError, ValueError):
                     record = ShardRecord.from_json(json.loads(text))
                     done[record.file] = record
     return done

@@ -5,28 +5,30 @@ It holds no time, host or path, so that the same job gives the same bytes.
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
+from converters.checkpoint.content_digest import Algorithm, ContentDigest
 from converters.checkpoint.header import TensorEntry
 from converters.checkpoint.journal import ShardRecord, TensorRecord
 from converters.checkpoint.plan import OutputPlan, Shard, SourceRows, Unit
 from converters.checkpoint.reader import CheckpointReader
 from converters.checkpoint.writer import write_file
 from converters.config import read_json
-from converters.digests import shared_digest
 from converters.errors import InputError, SecurityError
 from converters.transforms.rows import RowTransform
 
 MANIFEST_FILE = "glm4moe-manifest.json"
-SCHEMA = "glm4moe.manifest/2"
+SCHEMA = "glm4moe.manifest/3"
+# the form before has sha256 of everything
+_READ = frozenset({SCHEMA, "glm4moe.manifest/2"})
 DISTRIBUTION_KEY = "distribution"
 # a 355B checkpoint cut for 32 ranks has 290 MB
 MAX_MANIFEST_BYTES = 384 << 20
 # facts about how a transform runs, not about what it does
-_TENSOR_KEYS = frozenset({"file", "dtype", "shape", "sha256", "source_digest", "transform", "sources"})
+_TENSOR_KEYS = frozenset({"file", "dtype", "shape", "source_digest", "transform", "sources"})
 _NOT_PARAMETERS = frozenset({"name", "working_bytes"})
 
 
@@ -150,7 +152,7 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
         raise InputError(
             str(path),
             expected=f"a manifest of the form {SCHEMA}",
-            found=form if isinstance(form, str) and form != SCHEMA else "something else",
+            found=form if isinstance(form, str) and form not in _READ else "something else",
             next_step="Remove it, or the folder, and convert anew.",
         )
     for name in (*manifest["shards"], *manifest["files"]):
@@ -160,7 +162,7 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
 
 def _is_manifest(value: dict[str, Any]) -> bool:
     kinds = ("job", "shards", "files", "tensors")
-    if value.get("schema") != SCHEMA or any(not isinstance(value.get(key), dict) for key in kinds):
+    if value.get("schema") not in _READ or any(not isinstance(value.get(key), dict) for key in kinds):
         return False
     tensors, shards = value["tensors"].values(), value["shards"].values()
     if not {"source", "version"} <= value["job"].keys() or not all(map(_is_shard, shards)):
@@ -168,7 +170,10 @@ def _is_manifest(value: dict[str, Any]) -> bool:
     if DISTRIBUTION_KEY in value:
         return isinstance(value[DISTRIBUTION_KEY], dict) and all(map(_is_distributed, tensors))
     return all(
-        isinstance(tensor, dict) and tensor.keys() >= _TENSOR_KEYS and tensor["file"] in value["shards"]
+        isinstance(tensor, dict)
+        and tensor.keys() >= _TENSOR_KEYS
+        and _has_digest(tensor)
+        and tensor["file"] in value["shards"]
         for tensor in tensors
     )
 
@@ -181,24 +186,44 @@ def _is_distributed(value: Any) -> bool:
     """Return whether this is how a tensor that is cut for ranks is recorded."""
     slices = value.get("slices") if isinstance(value, dict) else None
     return isinstance(slices, list) and all(
-        isinstance(part, dict) and isinstance(part.get("ranks"), list) and isinstance(part.get("sha256"), str)
-        for part in slices
+        isinstance(part, dict) and isinstance(part.get("ranks"), list) and _has_digest(part) for part in slices
     )
 
 
+def _has_digest(facts: dict[str, Any]) -> bool:
+    return any(isinstance(facts.get(algorithm), str) for algorithm in Algorithm)
+
+
 def tensor_records(manifest: dict[str, Any]) -> dict[str, dict[str, TensorRecord]]:
-    """Return what a manifest records of every file's tensors; of files for ranks, by `rank N` instead of the file."""
+    """Return what a manifest records of every file's tensors; of files for ranks, by `rank N` instead of the file.
+
+    Raises:
+        InputError: a digest is none.
+    """
     records: dict[str, dict[str, TensorRecord]] = {}
     for name, tensor in manifest["tensors"].items():
         if DISTRIBUTION_KEY not in manifest:
-            records.setdefault(tensor["file"], {})[name] = TensorRecord.from_json(tensor)
+            records.setdefault(tensor["file"], {})[name] = tensor_record(name, tensor)
             continue
         for part in tensor["slices"]:
-            source = part.get("source_digest", shared_digest(part["sha256"]))
-            record = TensorRecord(part["sha256"], source, xxh3=part.get("xxh3"))
+            record = tensor_record(name, part)
             for rank in part["ranks"]:
                 records.setdefault(f"rank {rank}", {})[name] = record
     return records
+
+
+def tensor_record(name: str, facts: Mapping[str, Any]) -> TensorRecord:
+    """Return what a manifest records of a tensor, or of a slice, which may say nothing of a source that is its equal.
+
+    Raises:
+        InputError: a digest is none.
+    """
+    try:
+        if "source_digest" not in facts:
+            facts = {**facts, "source_digest": ContentDigest.from_json(facts).text}
+        return TensorRecord.from_json(facts)
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{MANIFEST_FILE}: tensor {name}", expected="digests in hex", found=repr(error)) from error
 
 
 def plain_name(name: str) -> str:

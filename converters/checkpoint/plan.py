@@ -6,6 +6,7 @@ from functools import cached_property, lru_cache
 from math import lcm, prod
 from typing import TYPE_CHECKING, Any, Protocol
 
+from converters.checkpoint.content_digest import Algorithm
 from converters.checkpoint.dtypes import itemsize
 from converters.checkpoint.header import TensorEntry, build_header, num_rows
 from converters.quant.quality import TensorQuality
@@ -240,11 +241,13 @@ class OutputPlan:
         shards: in the order of writing.
         dropped: source tensors that are left out, with the reason.
         distribution: over ranks, if each has files of its own.
+        digest: by which its tensors are recorded.
     """
 
     shards: tuple[Shard, ...]
     dropped: dict[str, str] = field(default_factory=dict)
     distribution: Distribution | None = None
+    digest: Algorithm = Algorithm.SHA256
 
     @cached_property
     def weight_map(self) -> dict[str, str]:

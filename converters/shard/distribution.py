@@ -1,8 +1,8 @@
 """What the manifest records of tensors that are cut for ranks: the mapping, and of each tensor its slices.
 
 `slices` of a tensor: the ranks that have it, rows [start, stop) of the uncut tensor seen as a matrix (all dims but the
-last are rows; none said: all), columns alike, and sha256 and xxh3 (128 bits) of the bytes. `source_digest` stands
-where the slice is not what was read for it.
+last are rows; none said: all), columns alike, and xxh3 (128 bits) of the bytes. `source_digest` stands where the slice
+is not what was read for it.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,7 +11,6 @@ from typing import Any
 
 from converters.checkpoint.journal import ShardRecord, TensorRecord
 from converters.checkpoint.plan import Shard
-from converters.digests import shared_digest
 from converters.formats.weights import WHOLE, Part, Use, cells
 from converters.layout import Layout, Piece, Stored
 from converters.shard.cut import Cutter, Slice
@@ -109,11 +108,8 @@ class ShardDistribution:
 
 
 def _digests(record: TensorRecord) -> dict[str, str]:
-    facts = {"sha256": record.sha256}
-    if record.xxh3 is not None:
-        facts["xxh3"] = record.xxh3
-    same = record.source_digest == shared_digest(record.sha256)
-    return facts if same else {**facts, "source_digest": record.source_digest}
+    facts = record.content.as_json()
+    return facts if record.source == record.content else {**facts, "source_digest": record.source.text}
 
 
 def _by_digest(name: str, records: Mapping[int, Mapping[str, TensorRecord]]) -> list[dict[str, Any]]:

@@ -8,6 +8,7 @@ from operator import itemgetter
 from typing import Any
 
 from converters.carried_card import carried_card
+from converters.checkpoint.content_digest import Algorithm
 from converters.checkpoint.coverage import check_complete
 from converters.checkpoint.dtypes import BY_CONFIG_NAME
 from converters.checkpoint.plan import DEFAULT_MAX_SHARD_BYTES, OutputPlan, OutputTensor, Shard, Unit, pack_shards
@@ -43,6 +44,8 @@ _ENGINES = {
     ShardLayout.TENSORRT_LLM: ("a loader of TensorRT-LLM's rank files that knows these names",),
     ShardLayout.VLLM: (f"vLLM {VLLM_VERSION} with --load-format sharded_state",),
 }
+# who cuts and merges moves bytes only: SHA-256 takes longer than all else together, and nobody signs a manifest
+DIGEST = Algorithm.XXH3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,7 +86,8 @@ def plan_shard(source: Source, options: ShardOptions, command: str = "shard") ->
     cutter = Cutter(schema, mapping, layout)
     shards = _Packer(cutter, planner, options).shards(wholes)
     distribution = ShardDistribution(cutter, options.files, wholes, planner)
-    plan = OutputPlan(tuple(shards), {**planner.dropped, **_dropped(source, schema)}, distribution)
+    dropped, digest = {**planner.dropped, **_dropped(source, schema)}, options.convert.digest or DIGEST
+    plan = OutputPlan(tuple(shards), dropped, distribution, digest)
     if not isinstance(source, ShardedSource):
         check_complete(plan, map(source.reader.entry, source.reader.names))
     convert, target = options.convert, planner.target
@@ -96,26 +100,32 @@ def plan_shard(source: Source, options: ShardOptions, command: str = "shard") ->
         config,
         tuple(name for name in passthrough(source, options.convert) if name not in generated),
         command,
-        _options_json(options, mapping, layout),
+        {**_options_json(options, mapping, layout), "digest": str(digest)},
         generated=generated,
         notes=_notes(options),
         engines=_ENGINES[options.files],
     )
 
 
-def plan_merge(source: ShardedSource, max_shard_bytes: int = DEFAULT_MAX_SHARD_BYTES) -> Conversion:
+def plan_merge(
+    source: ShardedSource, max_shard_bytes: int = DEFAULT_MAX_SHARD_BYTES, digest: Algorithm = DIGEST
+) -> Conversion:
     """Return the conversion of a sharded checkpoint into the one that it was cut from.
 
+    Args:
+        source: the shards.
+        max_shard_bytes: of the result.
+        digest: by which its manifest knows what is written.
     Raises:
         UsageError: ranks that should have the same scales have others.
     """
     planner = slice_units(source, source.tensor_layout, ConvertOptions())
     alike = AlikeUnits(planner, lambda stored: [((), list(planner.units(stored)))], lambda _: None)
     units = [unit for stored in planner.target.stored.values() for own in alike.of(stored) for unit in own.units]
-    plan = OutputPlan(pack_shards(units, max_shard_bytes))
+    plan = OutputPlan(pack_shards(units, max_shard_bytes), digest=digest)
     generated = carried_card(source, source.tensor_layout) if source.is_quantized else {}
     files = tuple(name for name in passthrough_files(source.folder) if name not in generated)
-    options = {"max_shard_bytes": max_shard_bytes}
+    options = {"max_shard_bytes": max_shard_bytes, "digest": str(digest)}
     return Conversion(source, plan, source.raw_config, files, "merge", options, generated=generated)
 
 

@@ -1,6 +1,6 @@
 """Rank files proved as they are read: each tensor against the digest that the manifest has of it.
 
-It is XXH3, which costs next to nothing beside the read; sha256, which is always there, where a manifest has no other.
+It is XXH3, which costs next to nothing beside the read; sha256 where a manifest has no other.
 The bytes are hashed as they come, so that nothing is read for it alone, unless a reader takes up a tensor in its
 middle: then what it left out is read first. A tensor is proved, or refused, by the read that completes it, before a
 file that is made of it can be finished. Copies on ranks that nobody reads are not looked at.
@@ -12,35 +12,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from converters.blocks import DIGEST_BLOCK_BYTES
+from converters.checkpoint.content_digest import Algorithm, ContentDigest, Hasher, new_hasher
 from converters.checkpoint.index import CheckpointIndex
 from converters.checkpoint.manifest import MANIFEST_FILE
 from converters.checkpoint.reader import CheckpointReader
-from converters.digests import Hasher, new_hasher
 from converters.errors import InputError
 
-# the first that a slice has
-_ALGORITHMS = ("xxh3", "sha256")
 
-
-@dataclass(frozen=True, slots=True)
-class SliceDigest:
-    """What the bytes of a slice are known by: an algorithm of `new_hasher`, and its digest in hex."""
-
-    algorithm: str
-    digest: str
-
-    @classmethod
-    def from_json(cls, part: Mapping[str, Any]) -> "SliceDigest":
-        """Build from a slice in a manifest.
-
-        Raises:
-            KeyError, TypeError, ValueError: it has no digest.
-        """
-        algorithm = next(name for name in _ALGORITHMS if name in part or name == _ALGORITHMS[-1])
-        return cls(algorithm, bytes.fromhex(part[algorithm]).hex())
-
-
-def slice_digests(tensors: Mapping[str, Any]) -> dict[str, SliceDigest]:
+def slice_digests(tensors: Mapping[str, Any]) -> dict[str, ContentDigest]:
     """Return the digest of every tensor of every rank, by rank and name, from the tensors of a manifest.
 
     Raises:
@@ -51,7 +30,7 @@ def slice_digests(tensors: Mapping[str, Any]) -> dict[str, SliceDigest]:
             f"{rank}/{name}": digest
             for name, facts in tensors.items()
             for part in facts["slices"]
-            for digest in [SliceDigest.from_json(part)]
+            for digest in [ContentDigest.from_json(part)]
             for rank in part["ranks"]
         }
     except (KeyError, TypeError, ValueError) as error:
@@ -75,7 +54,7 @@ class ProvedReader(CheckpointReader):
         digests: of each tensor.
     """
 
-    def __init__(self, index: CheckpointIndex, digests: Mapping[str, SliceDigest]) -> None:
+    def __init__(self, index: CheckpointIndex, digests: Mapping[str, ContentDigest]) -> None:
         super().__init__(index)
         self._digests = digests
         self._proofs: dict[str, _Proof | None] = {}
@@ -91,7 +70,7 @@ class ProvedReader(CheckpointReader):
         with self._proofs_lock:
             if name not in self._proofs:
                 expected = self._digests.get(name)
-                self._proofs[name] = _Proof(new_hasher(expected.algorithm if expected else _ALGORITHMS[-1]))
+                self._proofs[name] = _Proof(new_hasher(expected.algorithm if expected else Algorithm.XXH3))
             proof = self._proofs[name]
         if proof is not None:
             with proof.lock:
@@ -120,7 +99,7 @@ class ProvedReader(CheckpointReader):
     def _compare(self, name: str, found: str) -> None:
         expected = self._digests.get(name)
         if expected is None or found != expected.digest:
-            known = f"{expected.algorithm} {expected.digest}, as {MANIFEST_FILE} says" if expected else ""
+            known = f"{expected}, as {MANIFEST_FILE} says" if expected else ""
             rank, _, own_name = name.partition("/")
             raise InputError(
                 f"{self.path(self.index.entries[name][0])}: tensor {own_name} of rank {rank}",

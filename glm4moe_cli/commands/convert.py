@@ -5,6 +5,7 @@ from pathlib import Path
 
 import click
 
+from converters.checkpoint.content_digest import Algorithm
 from converters.convert import ConvertOptions, MtpChoice, plan_convert
 from converters.errors import UsageError
 from converters.layout import Layout
@@ -12,9 +13,9 @@ from converters.quant.scheme import Format
 from converters.reformat import FORMATS, ReformatOptions, plan_reformat
 from converters.remote import HubId
 from converters.shard.mapping import ParallelMapping
-from converters.shard.plan import ShardOptions
+from converters.shard.plan import DIGEST, ShardOptions
 from glm4moe_cli._mapping import mapping_options
-from glm4moe_cli._options import dst_argument, output_options, src_argument
+from glm4moe_cli._options import digest_option, dst_argument, output_options, src_argument
 from glm4moe_cli._output import Output
 from glm4moe_cli._running import Running, running_options
 from glm4moe_cli.commands._conversion import plan_and_run
@@ -61,6 +62,7 @@ Example:
     show_default="as in SRC",
     help="NVFP4 only: write the other dialect's names, scales and config, with the same codes.",
 )
+@digest_option(show_default=f"{Algorithm.SHA256}, for ranks {DIGEST}")
 @mapping_options
 @running_options
 @output_options
@@ -73,6 +75,7 @@ def command(
     dequantize: bool,
     mtp: str,
     to_format: str | None,
+    digest: Algorithm | None,
     mapping: ParallelMapping | None,
     max_shard_size: int,
     running: Running,
@@ -88,6 +91,7 @@ def command(
         dequantize=dequantize,
         mtp=MtpChoice(mtp),
         max_shard_bytes=max_shard_size,
+        digest=digest,
     )
     _check_together(options, to_format, mapping)
     if mapping and (running.how.update or running.disk_budget is not None):
@@ -114,7 +118,7 @@ def _check_together(options: ConvertOptions, to_format: str | None, mapping: Par
     if to_format and (mapping or replace(options, max_shard_bytes=0) != ConvertOptions(max_shard_bytes=0)):
         raise UsageError(
             f"--format {to_format}",
-            expected="no --layout, --dtype, --dequantize, --mtp, --tp, --ep or --pp beside it",
+            expected="no --layout, --dtype, --dequantize, --mtp, --digest, --tp, --ep or --pp beside it",
             found="one",
             next_step="Convert twice.",
         )

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from converters.checkpoint.content_digest import Algorithm
 from converters.conversion import Conversion
 from converters.convert import ConvertOptions
 from converters.errors import UsageError
@@ -14,11 +15,12 @@ from converters.pipeline import RunOptions
 from converters.remote import HubId
 from converters.shard.mapping import ParallelMapping
 from converters.shard.naming import VLLM_VERSION, ShardLayout
-from converters.shard.plan import ShardOptions, plan_merge
+from converters.shard.plan import DIGEST, ShardOptions, plan_merge
 from converters.shard.source import ShardedSource, is_sharded, open_sharded
 from converters.source import Source
 from glm4moe_cli._mapping import mapping_options
 from glm4moe_cli._options import (
+    digest_option,
     dry_run_option,
     dst_argument,
     max_memory_option,
@@ -56,11 +58,11 @@ _RESHARD = "Use --reshard to cut shards anew."
 @click.option("--reshard", is_flag=True, help="SRC is sharded: cut it anew, without the checkpoint in between.")
 @click.option(
     "--vllm-version",
-    default=VLLM_VERSION,
-    show_default=True,
+    show_default=VLLM_VERSION,
     metavar="VERSION",
     help="With --layout vllm: the version that is to load the files; only the one that was checked is taken.",
 )
+@digest_option(show_default=DIGEST)
 @max_shard_size_option
 @dry_run_option
 @part_options
@@ -75,7 +77,8 @@ def command(
     layout: str,
     merge: bool,
     reshard: bool,
-    vllm_version: str,
+    vllm_version: str | None,
+    digest: Algorithm | None,
     max_shard_size: int,
     dry_run: bool,
     how: JobOptions,
@@ -87,10 +90,10 @@ def command(
     No bit changes: scales and packed words are cut with their weights, and --merge gives the original back. The mapping
     stands in DST's manifest.
     """
-    convert = ConvertOptions(max_shard_bytes=max_shard_size)
+    convert = ConvertOptions(max_shard_bytes=max_shard_size, digest=digest)
     if merge and layout != ShardLayout.RANK:
         raise UsageError(f"--layout {layout}", expected="no --merge beside it", found="both", next_step=_RESHARD)
-    if vllm_version != VLLM_VERSION and layout != ShardLayout.VLLM:
+    if vllm_version is not None and layout != ShardLayout.VLLM:
         raise UsageError(
             f"--vllm-version {vllm_version}", expected=f"--layout {ShardLayout.VLLM} beside it", found=layout
         )
@@ -101,7 +104,10 @@ def command(
             raise UsageError("--tp, --ep, --pp", expected="one of them, or --merge", found="none")
         else:
             options = ShardOptions(
-                mapping=mapping, files=ShardLayout(layout), convert=convert, vllm_version=vllm_version
+                mapping=mapping,
+                files=ShardLayout(layout),
+                convert=convert,
+                vllm_version=VLLM_VERSION if vllm_version is None else vllm_version,
             )
             conversion = planned(output, source, options, "shard")
         plan_and_run(output, conversion, dst, (RunOptions(workers, max_memory), how), dry_run=dry_run)
@@ -111,7 +117,7 @@ def _merged(source: Source, mapping: ParallelMapping | None, convert: ConvertOpt
     if mapping is not None:
         raise UsageError("--merge", expected="no --tp, --ep or --pp beside it", found="one", next_step=_RESHARD)
     assert isinstance(source, ShardedSource), source
-    return plan_merge(source, convert.max_shard_bytes)
+    return plan_merge(source, convert.max_shard_bytes, convert.digest or DIGEST)
 
 
 @contextmanager

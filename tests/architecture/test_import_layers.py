@@ -23,7 +23,7 @@ IMPORTER = {
     "lm_eval": "runtime/harness/",
     "transformers": "runtime/engine/tokenizer.py",
     "triton": "runtime/kernels/",
-    "xxhash": "converters/digests.py",
+    "xxhash": "converters/checkpoint/content_digest.py",
     "torch.distributed": "runtime/parallel/",
 }
 STDLIB_ONLY = ("converters/errors.py", "converters/config.py", "converters/schema.py", "converters/tensors.py")

@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 from builders import assert_same_tensors, read_tensors, small_checkpoint
 
+from converters.checkpoint.manifest import MANIFEST_FILE
+from converters.shard.naming import VLLM_VERSION
 from tests.cli.conftest import Ended
 
 Program = Callable[..., Ended]
@@ -42,6 +44,53 @@ def test_convert_repacks_and_cuts_in_one_pass(program: Program, src: Path, tmp_p
     assert program("shard", cut, merged, "--merge").exit_code == 0
     assert program("convert", str(src), packed, "--layout", "packed").exit_code == 0
     assert_same_tensors(read_tensors(Path(merged)), read_tensors(Path(packed)))
+
+
+@pytest.mark.parametrize(
+    ("command", "expected"),
+    [
+        (("convert",), "sha256"),
+        (("convert", "--digest", "xxh3"), "xxh3"),
+        (("convert", "--tp", "2"), "xxh3"),
+        (("convert", "--tp", "2", "--digest", "sha256"), "sha256"),
+        (("shard", "--tp", "2"), "xxh3"),
+        (("shard", "--tp", "2", "--digest", "sha256"), "sha256"),
+    ],
+)
+def test_manifest_knows_tensors_by_the_digest_that_is_asked_for(
+    program: Program, src: Path, tmp_path: Path, command: tuple[str, ...], expected: str
+) -> None:
+    name, *options = command
+    dst = tmp_path / "dst"
+    assert program(name, str(src), str(dst), *options).exit_code == 0
+    assert algorithms(dst) == {expected}
+    assert program("verify", str(dst), "--level", "bytes").exit_code == 0
+    path = sorted(dst.glob("*.safetensors"))[-1]
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    found = program("verify", str(dst), "--level", "bytes")
+    assert found.exit_code == 3
+    assert f"expected {expected} " in " ".join(found.stdout.split())
+
+
+@pytest.mark.parametrize("expected", ["sha256", "xxh3"])
+def test_merged_and_cut_anew_by_the_digest_that_is_asked_for(
+    program: Program, src: Path, tmp_path: Path, expected: str
+) -> None:
+    cut, back, anew = (tmp_path / name for name in ("cut", "back", "anew"))
+    assert program("shard", str(src), str(cut), "--tp", "2").exit_code == 0
+    assert program("shard", str(cut), str(back), "--merge", "--digest", expected).exit_code == 0
+    assert program("shard", str(cut), str(anew), "--reshard", "--tp", "4", "--digest", expected).exit_code == 0
+    assert algorithms(back) == algorithms(anew) == {expected}
+    assert_same_tensors(read_tensors(back), read_tensors(src))
+
+
+def algorithms(folder: Path) -> set[str]:
+    """Return the algorithms by which a manifest knows tensors."""
+    tensors = json.loads((folder / MANIFEST_FILE).read_text())["tensors"].values()
+    parts = [part for facts in tensors for part in facts.get("slices", [facts])]
+    return {key for part in parts for key in part if key in ("sha256", "xxh3")}
 
 
 def test_dry_run_states_what_the_run_writes(program: Program, src: Path, tmp_path: Path) -> None:
@@ -98,6 +147,10 @@ def test_sizes_that_do_not_fit_are_a_table_and_an_error(program: Program, src: P
         (("--tp", "2", "--redundant-experts", "2"), "--redundant-experts: expected --ep above 1"),
         (("--tp", "2", "--layout", "vllm", "--vllm-version", "0.31.0"), "--vllm-version 0.31.0: expected 0.32.0"),
         (("--tp", "2", "--vllm-version", "0.31.0"), "--vllm-version 0.31.0: expected --layout vllm beside it"),
+        (
+            ("--tp", "2", "--vllm-version", VLLM_VERSION),
+            f"--vllm-version {VLLM_VERSION}: expected --layout vllm beside it",
+        ),
         (("--merge", "--layout", "vllm"), "--layout vllm: expected no --merge beside it"),
         (("--tp", "2", "--part", "1/2", "--restart"), "--part: expected no --restart beside it"),
     ],

@@ -45,6 +45,7 @@ def quantized_rows(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         (FP8, (*FP8[:-3], "--max-shard-size", "90kB", "-q"), False),
         (FP8, EXACT, True),
         (("convert", "SRC", "DST", *ARGS), ("convert", "SRC", "DST", *ARGS, "--mtp", "drop"), False),
+        (("convert", "SRC", "DST", *ARGS), ("convert", "SRC", "DST", *ARGS, "--digest", "xxh3"), False),
         (("convert", "SRC", "DST", *ARGS), FP8, True),
     ],
 )

@@ -10,6 +10,7 @@ import torch
 import xxhash
 from builders import read_tensors, small_checkpoint
 
+from converters.checkpoint.content_digest import Algorithm, ContentDigest
 from converters.checkpoint.journal import ShardRecord, TensorRecord, append_journal, read_journal
 from converters.checkpoint.manifest import MANIFEST_FILE, read_manifest, tensor_records
 from converters.errors import InputError
@@ -19,6 +20,7 @@ from glm4moe_cli.main import run
 from tests.converters.shard.models import shard
 
 FP8 = ("--scheme", "fp8", "-q")
+DIGEST = ContentDigest(Algorithm.XXH3, "12")
 
 
 def raw(tensor: torch.Tensor) -> bytes:
@@ -58,11 +60,13 @@ def test_slices_of_columns_have_the_digest_of_all_columns_and_others_none_of_the
         for part in facts["slices"]:
             num_cut += "columns" in part
             assert part.get("source_digest") == (xxh3(source[name]) if "columns" in part else None), name
+            assert "sha256" not in part, name
     assert num_cut
     manifest = read_manifest(folder)
     assert manifest is not None
-    records = tensor_records(manifest)["rank 1"]
-    assert records["model.norm.weight"].source_digest == f"sha256:{records['model.norm.weight'].sha256}"
+    norm = tensor_records(manifest)["rank 1"]["model.norm.weight"]
+    assert norm.source == norm.content
+    assert norm.content.text == xxh3(source["model.norm.weight"])
 
 
 def test_manifest_of_the_form_before_is_refused(
@@ -71,17 +75,17 @@ def test_manifest_of_the_form_before_is_refused(
     dst = tmp_path / "dst"
     assert run(["quantize", str(small), str(dst), *FP8]) == 0
     path = dst / MANIFEST_FILE
-    old = path.read_text().replace("glm4moe.manifest/2", "glm4moe.manifest/1").replace("source_digest", "source_sha256")
+    old = path.read_text().replace("glm4moe.manifest/3", "glm4moe.manifest/1").replace("source_digest", "source_sha256")
     path.write_text(old)
     assert run(["quantize", str(small), str(dst), *FP8, "--update"]) == 4
     told = " ".join(capsys.readouterr().err.split())
-    assert "expected a manifest of the form glm4moe.manifest/2, found glm4moe.manifest/1. Remove it" in told
+    assert "expected a manifest of the form glm4moe.manifest/3, found glm4moe.manifest/1. Remove it" in told
     with pytest.raises(InputError, match="manifest/1"):
         read_manifest(dst)
 
 
 def test_shards_in_a_journal_of_the_form_before_are_made_again(tmp_path: Path) -> None:
-    path, record = tmp_path / "journal.jsonl", ShardRecord("a.safetensors", 9, {"x": TensorRecord("1", "sha256:1")})
+    path, record = tmp_path / "journal.jsonl", ShardRecord("a.safetensors", 9, {"x": TensorRecord(DIGEST, DIGEST)})
     append_journal(tmp_path, record, path.name)
     line = path.read_bytes().split(b"\n")[1].partition(b" ")[2]
     text = line.replace(b"source_digest", b"source_sha256")

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
+from converters.checkpoint.content_digest import Algorithm, ContentDigest
 from converters.checkpoint.journal import ShardRecord, TensorRecord, append_journal, read_journal
 from tests.faults.harness import KILLED, Job, digests, make_job
 
@@ -27,12 +28,15 @@ def unfinished(job: Job) -> Job:
     return job
 
 
+def known(shard: int, tensor: int) -> TensorRecord:
+    return TensorRecord(*(ContentDigest(own, f"{shard}{tensor}") for own in (Algorithm.SHA256, Algorithm.XXH3)))
+
+
 @pytest.fixture
 def journal(tmp_path: Path) -> dict[str, ShardRecord]:
     """A journal in tmp_path with three shards."""
     records = [
-        ShardRecord(f"model-{n}.safetensors", 100 + n, {f"t{n}.{i}": TensorRecord(f"{n}{i}", f"{i}") for i in range(3)})
-        for n in range(3)
+        ShardRecord(f"model-{n}.safetensors", 100 + n, {f"t{n}.{i}": known(n, i) for i in range(3)}) for n in range(3)
     ]
     for record in records:
         append_journal(tmp_path, record, "journal.jsonl")
