@@ -11,13 +11,8 @@ from converters.checkpoint.content_digest import Algorithm
 from converters.checkpoint.coverage import check_complete
 from converters.checkpoint.dtypes import BY_CONFIG_NAME
 from converters.checkpoint.index import MTP_FILE
-from converters.checkpoint.plan import (
-    DEFAULT_MAX_SHARD_BYTES,
-    OutputPlan,
-    Shard,
-    Unit,
-    pack_shards,
-)
+from converters.checkpoint.packing import DEFAULT_MAX_SHARD_BYTES, pack_shards
+from converters.checkpoint.plan import OutputPlan, Shard, Unit
 from converters.config import read_json
 from converters.conversion import Conversion, FromRecords, passthrough_files
 from converters.errors import UsageError

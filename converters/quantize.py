@@ -9,7 +9,8 @@ from typing import Any
 from converters.checkpoint.coverage import check_complete
 from converters.checkpoint.lock import check_unlocked
 from converters.checkpoint.manifest import read_manifest
-from converters.checkpoint.plan import OutputPlan, SourceRows, Unit, pack_shards
+from converters.checkpoint.packing import pack_shards
+from converters.checkpoint.plan import OutputPlan, SourceRows, Unit
 from converters.conversion import Conversion, check_destination, passthrough_files
 from converters.errors import UsageError
 from converters.formats.declared import MODELOPT_FILE, QUANTIZATION_KEY

@@ -14,7 +14,8 @@ from functools import cached_property
 from typing import Any
 
 from converters.checkpoint.coverage import check_complete
-from converters.checkpoint.plan import DEFAULT_MAX_SHARD_BYTES, OutputPlan, OutputTensor, SourceRows, Unit, pack_shards
+from converters.checkpoint.packing import DEFAULT_MAX_SHARD_BYTES, pack_shards
+from converters.checkpoint.plan import OutputPlan, OutputTensor, SourceRows, Unit
 from converters.conversion import Conversion, passthrough_files
 from converters.errors import InputError, UsageError
 from converters.formats import compressed_tensors, modelopt

@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from converters.checkpoint.content_digest import Algorithm
-from converters.checkpoint.plan import DEFAULT_MAX_SHARD_BYTES
+from converters.checkpoint.packing import DEFAULT_MAX_SHARD_BYTES
 from converters.errors import UsageError
 from converters.job import JobOptions
 from converters.parts import Part

@@ -15,8 +15,6 @@ from converters.transforms.rows import RowTransform
 if TYPE_CHECKING:
     from converters.checkpoint.journal import ShardRecord
 
-DEFAULT_MAX_SHARD_BYTES = 5_000_000_000
-
 
 @dataclass(frozen=True, slots=True)
 class OutputTensor:
@@ -288,22 +286,3 @@ class OutputPlan:
             for unit in shard.units:
                 totals[unit.transform.name] = totals.get(unit.transform.name, 0) + unit.nbytes
         return totals
-
-
-def pack_shards(units: Sequence[Unit], max_shard_bytes: int, files: str = "model") -> tuple[Shard, ...]:
-    """Distribute units over shards in order; a unit larger than the limit has a shard of its own."""
-    groups: list[list[Unit]] = [[]]
-    size = 0
-    for unit in units:
-        if groups[-1] and size + unit.nbytes > max_shard_bytes:
-            groups.append([])
-            size = 0
-        groups[-1].append(unit)
-        size += unit.nbytes
-    count = len(groups)
-    if count == 1:
-        return (Shard(f"{files}.safetensors", tuple(groups[0])),)
-    return tuple(
-        Shard(f"{files}-{number:05d}-of-{count:05d}.safetensors", tuple(group))
-        for number, group in enumerate(groups, start=1)
-    )

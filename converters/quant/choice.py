@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from converters.checkpoint.plan import DEFAULT_MAX_SHARD_BYTES
+from converters.checkpoint.packing import DEFAULT_MAX_SHARD_BYTES
 from converters.errors import UsageError
 from converters.quant.policy import Policy, default_mtp, parse_schemes
 from converters.quant.scheme import (

@@ -18,7 +18,7 @@ from converters.quant.choice import QuantizeOptions, choose
 from converters.quant.limits import check_columns
 from converters.quant.policy import assign
 from converters.quant.quality import SAMPLE_EVERY, TensorQuality
-from converters.quant.rounded import RoundedWriter
+from converters.quant.rounded_writer import RoundedWriter
 from converters.quant.scheme import Recipe
 from converters.quant.storage import transform_of, weight_unit
 from converters.schema import Tensor

@@ -15,7 +15,8 @@ import converters
 from converters.errors import InputError
 from converters.quant.choice import QuantizeOptions
 from converters.quant.identity import model_digest
-from converters.quant.rounded import MANIFEST, RoundedWriter, prove_files, recipe_json
+from converters.quant.rounded import MANIFEST, prove_files, recipe_json
+from converters.quant.rounded_writer import RoundedWriter
 from converters.quant.scheme import Recipe
 from converters.quant.stats import CalibrationStats, LayerCoverage, coverage
 from converters.schema import Role

@@ -29,7 +29,8 @@ from converters.config import read_json
 from converters.errors import InputError, UsageError
 from converters.leftovers import remove_state
 from converters.quant.quality import TensorQuality
-from converters.quant.rounded import remove_unfinished, rounded_folder
+from converters.quant.rounded import rounded_folder
+from converters.quant.rounded_writer import remove_unfinished
 from runtime.calibrate.meter import Measured
 from runtime.calibrate.record import Record
 

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from converters.checkpoint.plan import DEFAULT_MAX_SHARD_BYTES
+from converters.checkpoint.packing import DEFAULT_MAX_SHARD_BYTES
 from converters.pipeline import DEFAULT_MAX_MEMORY
 from glm4moe_cli import _options
 from glm4moe_cli._options import ByteSize, spell_size
