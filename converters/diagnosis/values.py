@@ -205,9 +205,10 @@ def rounding_guesses(pair: Pair) -> Iterator[Guess]:
     """Yield formats that values may have gone through on their way, with less precision than they are stored in."""
     import torch
 
-    for dtype in (torch.bfloat16, torch.float16, torch.float8_e4m3fn):
+    for dtype in (torch.bfloat16, torch.float16):
         name = str(dtype).removeprefix("torch.")
         yield _rounded_guess(pair, f"its values went through {name}", _through(own_rows(pair), dtype))
+    yield _rounded_guess(pair, "its values went through float8_e4m3fn", _through_e4m3(own_rows(pair)))
     for limit, name in ((_E4M3_MAX, "FP8 per row"), (_INT8_MAX, "INT8 per row")):
         yield _rounded_guess(pair, f"its values went through {name}", _through_codes(own_rows(pair), limit))
     if pair.relation is Relation.DEQUANTIZED:
@@ -230,6 +231,22 @@ def _through(rows: Rows, dtype: "torch.dtype") -> Rows:
     return read
 
 
+def _through_e4m3(rows: Rows) -> Rows:
+    def read(start: int, stop: int) -> "torch.Tensor":
+        values_RC = rows(start, stop)
+        return _e4m3(values_RC).to(values_RC.dtype)
+
+    return read
+
+
+def _e4m3(values: "torch.Tensor") -> "torch.Tensor":
+    """Return the nearest E4M3 values in fp32, saturating."""
+    import torch
+
+    # what a bare cast makes of larger values, 448 or NaN, differs between releases of torch
+    return values.clamp(-_E4M3_MAX, _E4M3_MAX).to(torch.float8_e4m3fn).float()
+
+
 def _through_codes(rows: Rows, limit: float) -> Rows:
     import torch
 
@@ -237,7 +254,7 @@ def _through_codes(rows: Rows, limit: float) -> Rows:
         values_RC = rows(start, stop)
         scale_R1 = values_RC.float().abs().amax(dim=1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny) / limit
         quotient_RC = values_RC.float() / scale_R1
-        codes_RC = quotient_RC.to(torch.float8_e4m3fn).float() if limit == _E4M3_MAX else quotient_RC.round()
+        codes_RC = _e4m3(quotient_RC) if limit == _E4M3_MAX else quotient_RC.round()
         return (codes_RC * scale_R1).to(values_RC.dtype)
 
     return read

@@ -143,6 +143,24 @@ def test_the_gain_is_told_to_its_digits(tmp_path: Path) -> None:
     assert cause.statement.startswith("it is multiplied by 0.98")
 
 
+def test_values_beyond_e4m3_went_through_it_saturated(tmp_path: Path) -> None:
+    """The cast alone made NaN of them with torch before 2.13, and NaN explains nothing."""
+
+    def grow(tensors: Tensors) -> None:
+        # half of them beyond 448
+        tensors[UP] = (tensors[UP].float() * 664 / tensors[UP].float().abs().median()).bfloat16()
+
+    def cast(tensors: Tensors) -> None:
+        grow(tensors)
+        tensors[UP] = tensors[UP].float().clamp(-448, 448).to(torch.float8_e4m3fn).bfloat16()
+
+    _, source = plain_pair(tmp_path / "grown", grow)
+    _, copy = plain_pair(tmp_path / "cast", cast)
+    (cause,) = causes(source, copy)
+    assert (cause.code, cause.tensors) == (CauseCode.ROUNDED_FURTHER, (UP,))
+    assert cause.statement.startswith("its values went through float8_e4m3fn")
+
+
 def test_nothing_to_say_of_equal_folders(tmp_path: Path) -> None:
     source, copy = plain_pair(tmp_path, lambda _: None)
     assert diagnose_folders(source, copy, compare_structure(source, copy), None, [0, 1, 2, 3]) == ()
