@@ -18,10 +18,11 @@ from converters.hub.listing import ListedFile, Listing, is_pickled
 from converters.workers import start_pool
 
 DEFAULT_REVISION = "main"
+# small ranges that are asked for side by side
+REQUESTS_AT_ONCE = 8
 # beside config and index: what else says how the weights are stored
 JSON_FILES = frozenset({CONFIG_FILE, INDEX_FILE, "hf_quant_config.json"})
 _HUB_ID = re.compile(r"([A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95})(?:@([\w./-]{1,200}))?", re.ASCII)
-_REQUESTS_AT_ONCE = 8
 _PREFIX_BYTES = 8
 
 
@@ -86,7 +87,7 @@ def lay_down_headers(client: RangeClient, listing: Listing, folder: Path) -> Non
         else:
             _lay_down_json(client, listing, file, folder / file.path)
 
-    with start_pool(_REQUESTS_AT_ONCE, "headers") as pool:
+    with start_pool(REQUESTS_AT_ONCE, "headers") as pool:
         list(pool.map(lay_down, wanted))
 
 

@@ -5,14 +5,45 @@ by range and kept, and the whole file, once it is proved by its digest, is held 
 """
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from converters.checkpoint.index import CheckpointIndex
-from converters.checkpoint.reader import CheckpointReader
+from converters.checkpoint.reader import CheckpointReader, Span
 from converters.errors import InputError
+from converters.remote import REQUESTS_AT_ONCE
+from converters.workers import start_pool
 
 Peek = Callable[[str, int, int], bytes]
+
+
+# bytes between two spans that cost less than one more request; held until the file itself is there
+_GAP_BYTES = 32 << 10
+
+
+class Request(NamedTuple):
+    """Bytes [begin, end) of a file."""
+
+    file: str
+    begin: int
+    end: int
+
+
+def together(wanted: Sequence[Request]) -> tuple[list[Request], list[list[int]]]:
+    """Return fewer requests that cover all that is wanted, and of each the numbers of those it covers."""
+    requests: list[Request] = []
+    members: list[list[int]] = []
+    for number in sorted(range(len(wanted)), key=wanted.__getitem__):
+        file, begin, end = wanted[number]
+        last = requests[-1] if requests else None
+        if last is not None and last.file == file and begin - last.end <= _GAP_BYTES:
+            requests[-1] = Request(file, last.begin, max(last.end, end))
+            members[-1].append(number)
+        else:
+            requests.append(wanted[number])
+            members.append([number])
+    return requests, members
 
 
 class StagedReader(CheckpointReader):
@@ -39,12 +70,33 @@ class StagedReader(CheckpointReader):
         if self._peek is None:
             super().read_into(name, offset, buffer)
             return
-        file, entry = self.index.entries[name]
-        begin = entry.begin + offset
-        data = self._peek(file, begin, begin + len(buffer))
+        buffer[:] = self._fetch(self._request(Span(name, offset, offset + len(buffer))))
+
+    def read_spans(self, spans: Sequence[Span]) -> list[bytearray]:
+        """Return the bytes of each span; from the hub near ones come together, and several requests are under way."""
+        if self._peek is None or not spans:
+            return super().read_spans(spans)
+        requests, members = together([self._request(span) for span in spans])
+        found = [bytearray() for _ in spans]
+        with start_pool(min(REQUESTS_AT_ONCE, len(requests)), "peek") as pool:
+            for request, within, data in zip(requests, members, pool.map(self._fetch, requests), strict=True):
+                for number in within:
+                    begin = self._request(spans[number]).begin - request.begin
+                    found[number] += data[begin : begin + spans[number].end - spans[number].begin]
+        return found
+
+    def _request(self, span: Span) -> Request:
+        """Return where in a file a span is."""
+        file, entry = self.index.entries[span.name]
+        return Request(file, entry.begin + span.begin, entry.begin + span.end)
+
+    def _fetch(self, request: Request) -> bytes:
+        """Ask the hub, and keep what it sent to hold the whole file against."""
+        assert self._peek is not None, request
+        data = self._peek(*request)
         with self._peek_lock:
-            self._peeked.setdefault(file, []).append((begin, data))
-        buffer[:] = data
+            self._peeked.setdefault(request.file, []).append((request.begin, data))
+        return data
 
     def end_peeking(self) -> None:
         """Read staged files only from now on."""

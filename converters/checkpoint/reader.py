@@ -5,9 +5,10 @@ pread rather than a memory map: a file that is cut off while it is read gives an
 
 import os
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from converters.checkpoint.disk_read import open_file, read_exactly
 from converters.checkpoint.dtypes import itemsize, torch_dtype
@@ -17,6 +18,14 @@ from converters.errors import InputError
 
 if TYPE_CHECKING:
     import torch
+
+
+class Span(NamedTuple):
+    """Bytes [begin, end) of a tensor's data."""
+
+    name: str
+    begin: int
+    end: int
 
 
 class CheckpointReader:
@@ -89,6 +98,17 @@ class CheckpointReader:
         file, entry = self.index.entries[name]
         assert 0 <= offset <= entry.nbytes - len(buffer), (name, offset, len(buffer), entry.nbytes)
         read_exactly(self._descriptor(file), buffer, entry.begin + offset, self.index.folder / file)
+
+    def read_spans(self, spans: Sequence[Span]) -> list[bytearray]:
+        """Return the bytes of each span, in order; for many small ones, of which all are held at once.
+
+        Raises:
+            InputError: as those of `read_into`.
+        """
+        found = [bytearray(span.end - span.begin) for span in spans]
+        for span, data in zip(spans, found, strict=True):
+            self.read_into(span.name, span.begin, memoryview(data))
+        return found
 
     def read(self, name: str) -> "torch.Tensor":
         """Return a whole tensor in its stored dtype and shape."""

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 import pytest
 from builders import small_checkpoint
 from fake_hub import REPO, FakeHub, Fault, serving, sha256
+from quantizing import statistics
 
 from converters import job, pipeline
 from converters.checkpoint.lock import locked
@@ -154,6 +156,48 @@ def test_result_is_that_of_download_and_convert_and_the_budget_is_kept(
         size = len(files[shard(number)])
         assert size < hub.served[shard(number)] < size + 20_000
     assert hub.served["old.bin"] == hub.served["weights.BIN"] == hub.served["code.py"] == 0
+
+
+class Meeting:
+    """Stands for the hub's event: what waits for it goes on once so many do."""
+
+    def __init__(self, parties: int) -> None:
+        self.barrier = threading.Barrier(parties, timeout=4)
+        self.has_met = False
+
+    def wait(self) -> None:
+        if not self.has_met:
+            self.barrier.wait()
+            self.has_met = True
+
+    def set(self) -> None: ...
+
+
+def test_statistics_are_held_against_the_model_with_few_requests_at_once(
+    program: Program,
+    hub: FakeHub,
+    origin: Path,
+    dst: Path,
+    tmp_path: Path,
+    expected: Callable[..., dict[str, str]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """There was one request after another, for each norm, router and attention weight."""
+    stats = tmp_path / "stats.json"
+    statistics(origin).save(stats)
+    command = ("quantize", "--scheme", "fp8-static", "--stats", str(stats))
+    whole = expected(command)
+    hub.requests.clear()
+    shards = [shard(number) for number in range(1, NUM_SHARDS + 1)]
+    # to read the length and the rest of each header; then the first samples of two files wait for each other
+    for name in shards[:2]:
+        hub.fail(name, Fault(), Fault(), Fault(hold=-1))
+    meeting = Meeting(2)
+    monkeypatch.setattr(hub, "go", meeting)
+    ended = program(*words(command, REPO, dst, "--disk-budget", ROOMY))
+    assert (ended.exit_code, digests(dst) == whole, meeting.has_met) == (0, True, True), ended.stderr
+    # and the file itself; some have nothing that is sampled
+    assert {len(hub.asked(name)) for name in shards} == {3, 4}
 
 
 def test_fetching_shows_in_the_progress_and_time_is_not_made_up(
