@@ -29,7 +29,18 @@ def number(value: float) -> str:
 def drawing(label: str, width: float, height: float, children: Iterable[ET.Element]) -> str:
     """Return an SVG document as text; the label is what is read out in its place."""
     box = f"0 0 {number(width)} {number(height)}"
-    root = element("svg", *children, viewBox=box, width=width, height=height, role="img", aria_label=visible(label))
+    # where a page of paper is too low for its height it stays under its caption, at the left
+    place, name = "xMinYMin", visible(label)
+    root = element(
+        "svg",
+        *children,
+        viewBox=box,
+        preserveAspectRatio=place,
+        width=width,
+        height=height,
+        role="img",
+        aria_label=name,
+    )
     return ET.tostring(root, encoding="unicode")
 
 

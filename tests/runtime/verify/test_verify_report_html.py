@@ -236,6 +236,17 @@ def test_template_and_style_are_part_of_the_package() -> None:
     assert set(listed["runtime.verify.report_html"]) == others
 
 
+def test_on_paper_tables_may_end_on_the_next_page_and_headings_stay_with_what_follows() -> None:
+    """A table was moved to the next page as a whole, and half a page before it stayed empty."""
+    printed = STYLE.split("@media print{", 1)[1]
+    rules = dict(re.findall(r"^([^@{}]+)\{([^}]*)\}", printed, re.M))
+    whole = {name for names, rule in rules.items() if rule == "break-inside:avoid" for name in names.split(",")}
+    assert {"figure", "tr"} <= whole
+    assert whole.isdisjoint({".scroll", "table", "tbody", "section", "ul", "ol", "dl"})
+    followed = {name for names, rule in rules.items() if rule == "break-after:avoid" for name in names.split(",")}
+    assert {"h2", "h3", "figcaption", "caption", "thead", "tr:nth-child(-n+3)"} <= followed
+
+
 def test_levels_that_were_not_run_have_no_section() -> None:
     page = Page(render_page(report(structure=structure())))
     assert [attrs["id"] for tag, attrs in page.tags if tag == "section"] == ["checks", "provenance"]
