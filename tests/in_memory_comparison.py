@@ -153,7 +153,9 @@ def _run(model: CausalLM, ids_T: torch.Tensor, window: Window) -> _Pass:
 
 
 @torch.inference_mode()
-def run_in_memory(folder: Path, text: EncodedText, options: RunOptions, on_part: OnPart | None = None) -> ModelRun:
+def run_in_memory(
+    folder: Path, text: EncodedText, options: RunOptions, on_part: OnPart | None = None, *, behind: int | None = None
+) -> ModelRun:
     """Load a whole model and run it, window by window; what a streamed run must equal."""
     assert on_part is None, "parts of layers are told by streamed runs alone"
     engine = EngineConfig(dtype=options.dtype, device=options.device, activations=options.activations)

@@ -16,7 +16,6 @@ from runtime.verify.windows import DEFAULT_CONTEXT_LENGTH
 
 if TYPE_CHECKING:
     from glm4moe_cli._progress import Progress
-    from runtime.streaming.plan import StreamMemory
     from runtime.verify.engine_logprobs import EngineComparison
     from runtime.verify.reference import ReferenceComparison
     from runtime.verify.results import ModelComparison
@@ -123,63 +122,6 @@ def model_limits(scheme: str, options: Mapping[str, Any], how: StreamOptions) ->
     )
 
 
-def plan_run(
-    output: Output, runs: ModelRuns, source: Path | None, candidate: Path, reference: Path | None = None
-) -> dict[str, Any]:
-    """Plan memory and reads, print them before anything is run, and return them ready for JSON.
-
-    Raises:
-        InputError: a checkpoint that cannot be loaded, or two that do not correspond. ResourceError: too little memory.
-    """
-    facts: dict[str, object] = {"tokens": runs.text.plan.protocol, "compute": compute_words(runs.how)}
-    plan: dict[str, Any] = {**facts, "max_memory": runs.how.max_memory}
-    if source is not None and runs.compares:
-        from runtime.verify.streamed import planned
-
-        with planned(source, candidate, runs.text, runs.how) as job:
-            memory, read_bytes = job.memory, job.read_bytes
-        facts |= _memory_facts(memory, read_bytes)
-        plan |= {"memory": memory, "peak_bytes": memory.peak_bytes, "read_bytes": read_bytes}
-    elif reference is not None and LAYERS in runs.levels:
-        from runtime.verify.replayed import planned_replay
-        from runtime.verify.store import StoredReference
-
-        with (
-            StoredReference.open(reference) as stored,
-            planned_replay(stored, candidate, runs.how, source=source) as replay,
-        ):
-            memory, read_bytes = replay.memory, replay.read_bytes
-        facts |= _memory_facts(memory, read_bytes)
-        plan |= {"memory": memory, "peak_bytes": memory.peak_bytes, "read_bytes": read_bytes}
-    for name, value in facts.items():
-        # stdout begins with the verdict
-        output.note(f"{name}: {value}")
-    return plan
-
-
-def _memory_facts(memory: "StreamMemory", read_bytes: int) -> dict[str, object]:
-    scratch = format_bytes(memory.scratch_bytes) if memory.hidden_on_disk else "none"
-    return {"memory": _memory_words(memory), "reads": format_bytes(read_bytes), "scratch file": scratch}
-
-
-def _memory_words(memory: "StreamMemory") -> str:
-    parts = {
-        "weights": memory.weights,
-        "activations": memory.activations + memory.routing,
-        "head and logits": memory.head,
-        "hidden states": 0 if memory.hidden_on_disk else memory.hidden,
-        "program": memory.base,
-    }
-    named = (f"{format_bytes(size)} {name}" for name, size in parts.items() if size)
-    return f"{format_bytes(memory.peak_bytes)} at most: {', '.join(named)}"
-
-
-def compute_words(how: StreamOptions) -> str:
-    """Return dtype, device and what is unusual about the computation."""
-    words = f"{how.dtype} on {how.device}, activations {how.activations}"
-    return f"{words}, deterministic" if how.deterministic else words
-
-
 def compare_models(output: Output, folders: tuple[Path, Path], runs: ModelRuns) -> "ModelComparison":
     """Run both models, layer by layer."""
     from runtime.verify.streamed import planned
@@ -257,11 +199,23 @@ def _runner(how: StreamOptions, progress: "Progress") -> "Runner":
     from runtime.verify.store_layout import ModelRun, OnPart, RunOptions
     from runtime.verify.streamed import stream_one
 
-    def run(folder: Path, text: "EncodedText", options: RunOptions, on_part: OnPart | None = None) -> ModelRun:
-        found = stream_one(folder, text, replace(how, with_mtp=False), on_part, progress)
+    def run(
+        folder: Path,
+        text: "EncodedText",
+        options: RunOptions,
+        on_part: OnPart | None = None,
+        *,
+        behind: int | None = None,
+    ) -> ModelRun:
+        found = stream_one(folder, text, alone(how), on_part, progress, behind=behind)
         return ModelRun(found.final_hidden_RD, found.routing_ids, found.norms)
 
     return run
+
+
+def alone(how: StreamOptions) -> StreamOptions:
+    """Return how one model is run by itself: as in a comparison, but without its MTP layer."""
+    return replace(how, with_mtp=False)
 
 
 def _weight_bytes(*folders: Path) -> int:

@@ -25,6 +25,7 @@ from glm4moe_cli.commands._levels import (
     check_weights,
     chosen_levels,
 )
+from glm4moe_cli.commands._model_plan import plan_run
 from glm4moe_cli.commands._verification import (
     compared,
     decoder,
@@ -149,9 +150,7 @@ class _Verification:
         if not {LAYERS, LOGITS, RUNTIME} & set(further):
             return None
         runs = models.plan_models(self.source or self.candidate, self.options, further)
-        beside_reference = self.options["reference"] is not None
-        source = None if beside_reference else self.source
-        self.plan = models.plan_run(self.output, runs, source, self.candidate, self.options["reference"])
+        self.plan = plan_run(self.output, runs, self.source, self.candidate, self.options)
         return runs
 
     def _files(self, levels: Levels, further: tuple[str, ...]) -> Levels:
@@ -187,7 +186,7 @@ class _Verification:
 
 def _save_only(output: Output, checkpoint: Path, options: dict[str, Any]) -> None:
     runs = models.plan_models(checkpoint, options, ())
-    models.plan_run(output, runs, None, checkpoint)
+    plan_run(output, runs, None, checkpoint, options)
     facts = models.save(output, checkpoint, runs, options)
     output.facts("Reference", {"file": options["save_reference"], "tokens": runs.text.plan.protocol})
     output.result({"reference": options["save_reference"], "facts": facts})

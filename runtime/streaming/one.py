@@ -3,13 +3,15 @@
 Shapes: R rows, one for every token of every window, window after window; D hidden, K experts per token.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
 from converters.shard.whole import open_whole
+from converters.source import Source
 from runtime.moe.router import Routing
 from runtime.streaming.options import Progress, StreamOptions
 from runtime.streaming.plan import StreamMemory, plan_stream
@@ -84,44 +86,94 @@ class _Record(Watcher):
             self.on_part(part, self.layer, int(rows_R[0]), values)
 
 
-@torch.inference_mode()
+@contextmanager
+def planned_one(
+    folder: Path, text: RowPlan, options: StreamOptions, *, behind: int | None = None
+) -> Iterator["OneJob"]:
+    """Open a checkpoint and plan a run of it; only headers are read.
+
+    Args:
+        folder: a checkpoint in any layout and format that the runtime loads.
+        text: tokens and windows.
+        options: how; levels and floor are not used.
+        behind: bytes that are held beside the model's own head and a block of logits once the layers are done; None
+            where no logits are made.
+    Raises:
+        InputError: it cannot be loaded. ResourceError: too little memory.
+    """
+    with open_whole(folder) as source:
+        yield OneJob(source, text, options, behind)
+
+
+class OneJob:
+    """A planned run of one open checkpoint; see `planned_one`.
+
+    Attributes:
+        memory: what it takes.
+    """
+
+    def __init__(self, source: Source, text: RowPlan, options: StreamOptions, behind: int | None) -> None:
+        self._text, self._options, self._with_head = text, options, behind is not None
+        self._sides = [Side.of(_LANE, source, options)]
+        self._specs = [LaneSpec(_LANE, 0, text.num_rows)]
+        self._batches = plan_batches(self._sides)
+        self.memory: StreamMemory = plan_stream(
+            self._sides,
+            self._batches,
+            text,
+            lane_rows(self._specs, self._sides),
+            options,
+            with_heads=self._with_head,
+            other_heads=behind or 0,
+        )
+
+    @property
+    def read_bytes(self) -> int:
+        """Bytes of weights that a run reads at most, the head's among them where logits are made of it."""
+        (side,) = self._sides
+        names = [name for batch in self._batches for of_side in batch.names for name in of_side]
+        return side.loader.stored_bytes((*names, *(side.head_names() if self._with_head else ())))
+
+    @torch.inference_mode()
+    def run(self, on_part: OnPart | None = None, progress: Progress | None = None) -> OneModel:
+        """Run the layers; arguments and errors as those of `stream_one`."""
+        (side,), text, options = self._sides, self._text, self._options
+        matrices = Matrices(side.source.config.hidden_size, options, on_disk=self.memory.hidden_on_disk)
+        (lane,) = lanes = make_lanes(self._specs, self._sides, matrices, options)
+        record = _Record(on_part)
+        advance = progress.advance if progress is not None else lambda _: None
+        with (
+            computing_threads(text.num_rows, options),
+            ReadAhead([side.loader], self._batches, options.workers, advance) as reads,
+        ):
+            has_mtp = Stream(lanes, self._sides, text, matrices, reads, record, options, progress).run()
+        return OneModel(
+            final_hidden_RD=lane.input_TD if has_mtp else lane.state_TD,
+            routing_ids={layer: torch.cat(ids) for layer, ids in record.ids.items()},
+            mtp_hidden_RD=lane.state_TD if has_mtp else None,
+            norms={layer: torch.cat(norms) for layer, norms in record.norms.items()},
+            memory=self.memory,
+            bytes_read=reads.bytes_read,
+        )
+
+
 def stream_one(
     folder: Path,
     text: RowPlan,
     options: StreamOptions,
     on_part: OnPart | None = None,
     progress: Progress | None = None,
+    *,
+    behind: int | None = None,
 ) -> OneModel:
     """Run one model on a text, in the memory of a few experts.
 
     Args:
-        folder: a checkpoint in any layout and format that the runtime loads.
-        text: tokens and windows.
-        options: how; levels and floor are not used.
+        folder, text, options, behind: as those of `planned_one`.
         on_part: told what each layer but the MTP layer is given and makes of it, each part in order of rows.
         progress: told where it is.
     Raises:
         InputError: it cannot be loaded. ResourceError: too little memory, or no room for a scratch file.
     """
-    with open_whole(folder) as source:
-        sides = [Side.of(_LANE, source, options)]
-        specs = [LaneSpec(_LANE, 0, text.num_rows)]
-        batches = plan_batches(sides)
-        memory = plan_stream(sides, batches, text, lane_rows(specs, sides), options, with_heads=False)
-        matrices = Matrices(source.config.hidden_size, options, on_disk=memory.hidden_on_disk)
-        (lane,) = lanes = make_lanes(specs, sides, matrices, options)
-        record = _Record(on_part)
-        advance = progress.advance if progress is not None else lambda _: None
-        with (
-            computing_threads(text.num_rows, options),
-            ReadAhead([side.loader for side in sides], batches, options.workers, advance) as reads,
-        ):
-            has_mtp = Stream(lanes, sides, text, matrices, reads, record, options, progress).run()
-    return OneModel(
-        final_hidden_RD=lane.input_TD if has_mtp else lane.state_TD,
-        routing_ids={layer: torch.cat(ids) for layer, ids in record.ids.items()},
-        mtp_hidden_RD=lane.state_TD if has_mtp else None,
-        norms={layer: torch.cat(norms) for layer, norms in record.norms.items()},
-        memory=memory,
-        bytes_read=reads.bytes_read,
-    )
+    with planned_one(folder, text, options, behind=behind) as job:
+        return job.run(on_part, progress)

@@ -30,6 +30,12 @@ _ERROR_BYTES = 4 * (16 << 20)
 # rows of a head that are widened at a time
 _HEAD_ROWS = 16384
 _INT64 = 8
+# what has to be there in any case, and what the user can do
+_LEAST_LAYERS = (
+    "weights in use and read ahead, and blocks of rows",
+    "Raise it, or lower --context-length and --workers.",
+)
+_LEAST_HEAD = ("heads, and a block of logits with its scores", "Raise it.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,10 +69,14 @@ class StreamMemory:
     hidden_on_disk: bool
 
     @property
+    def layers(self) -> int:
+        """Memory beside program and hidden states while layers are run."""
+        return self.weights + self.activations + self.routing
+
+    @property
     def peak_bytes(self) -> int:
         """Memory, a mapped scratch file not counted."""
-        phase = max(self.weights + self.activations + self.routing, self.head)
-        return self.base + phase + (0 if self.hidden_on_disk else self.hidden)
+        return self.base + max(self.layers, self.head) + (0 if self.hidden_on_disk else self.hidden)
 
     @property
     def scratch_bytes(self) -> int:
@@ -84,7 +94,7 @@ def plan_stream(
     with_heads: bool,
     other_heads: int = 0,
 ) -> StreamMemory:
-    """Return what a run needs; `other_heads` are bytes of heads that are held beside those of the sides.
+    """Return what a run needs; `other_heads` are bytes of heads, and of what else is held beside those of the sides.
 
     Raises:
         ResourceError: it would not fit even with the hidden states on disk.
@@ -105,12 +115,8 @@ def plan_stream(
         hidden=sum(lane.rows * lane.matrices for lane in lanes) * config.hidden_size * FP32,
         hidden_on_disk=False,
     )
-    return fitted(
-        memory,
-        options.max_memory,
-        least="weights in use and read ahead, and blocks of rows",
-        remedy="Raise it, or lower --context-length and --workers.",
-    )
+    least, remedy = _LEAST_HEAD if memory.head > memory.layers else _LEAST_LAYERS
+    return fitted(memory, options.max_memory, least=least, remedy=remedy)
 
 
 def _head_bytes(sides: Sequence[Side], options: StreamOptions) -> int:

@@ -17,6 +17,7 @@ from converters.errors import InputError
 from converters.shard.whole import open_whole
 from runtime.config import EngineConfig
 from runtime.model.loader import ModelLoader
+from runtime.streaming.plan import LOGIT_ROWS
 from runtime.verify.engine_answers import ENGINE_OPTION, PromptScores, choices, prompt_scores, read_answers
 from runtime.verify.engine_client import EngineServer, ServerOptions, is_url
 from runtime.verify.head import load_head
@@ -30,7 +31,6 @@ NEAR_TIE_NATS = 0.125
 _LEAST_REST = 1e-7
 # a sum of probabilities above this is not rounding of fp32
 _MAX_SUM = 1.001
-_LOGIT_ROWS = 128
 RANKS = (1, 2, 5, 20)
 
 
@@ -119,16 +119,17 @@ def compare_engine(
     """
     vocab_size = Glm4MoeConfig.from_folder(candidate).vocab_size
     told = engine_scores(where, text, vocab_size, server or ServerOptions())
+    run = runner(candidate, text, options, behind=matching_bytes(vocab_size))
+    # not before: none is held while layers are
     with open_whole(candidate) as source:
         engine = EngineConfig(dtype=options.dtype, device=options.device)
         head = load_head(ModelLoader(source, engine, with_mtp=False))
-    run = runner(candidate, text, options)
     matches, places, of_window, starts = list[TokenMatch](), list[int](), list[int](), row_starts(text.plan)
     with torch.inference_mode():
         for window, scores in zip(text.plan.windows, told, strict=True):
             hidden_SD = run.final_hidden_RD[starts[window.index] : starts[window.index + 1]][window.logit_rows]
             token = window.first_scored
-            for rows in hidden_SD.split(_LOGIT_ROWS):
+            for rows in hidden_SD.split(LOGIT_ROWS):
                 log_p_SV = head.forward_fp32(rows.to(head.weight.device)).log_softmax(-1).double().cpu()
                 for log_p_V in log_p_SV:
                     place = token - window.begin
@@ -137,6 +138,11 @@ def compare_engine(
                     of_window.append(window.index)
                     token += 1
     return summarize_matches(where, text, options.dtype, matches, (places, of_window), seed=seed)
+
+
+def matching_bytes(vocab_size: int) -> int:
+    """Return the most bytes that `compare_engine` holds beside the head and a block of logits: two blocks in fp64."""
+    return 2 * LOGIT_ROWS * vocab_size * torch.float64.itemsize
 
 
 def engine_scores(where: str, text: EncodedText, vocab_size: int, options: ServerOptions) -> list[PromptScores]:

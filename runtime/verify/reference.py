@@ -16,6 +16,7 @@ from converters.shard.whole import open_whole
 from runtime.config import EngineConfig
 from runtime.model.linear import Linear
 from runtime.model.loader import ModelLoader
+from runtime.streaming.memory import FP32
 from runtime.streaming.rows import RowPlan
 from runtime.verify.head import head_digest, head_names, load_head
 from runtime.verify.results import ModelComparison
@@ -143,7 +144,7 @@ def compare_reference(
     check_reference(stored, candidate, options, source=source)
     # a head that is nowhere is found before the run; none is held while layers are
     find_heads(stored, candidate, options, source=source)
-    run = runner(candidate, stored.text, options)
+    run = runner(candidate, stored.text, options, behind=scoring_bytes(stored, source, options))
     heads = find_heads(stored, candidate, options, source=source)
     hidden_RD = stored.hidden(0, len(run.final_hidden_RD))
     return ReferenceComparison(
@@ -180,6 +181,15 @@ def other_head_bytes(stored: StoredReference, source: Path | None, options: RunO
     with open_whole(source) as opened:
         loader = ModelLoader(opened, EngineConfig(dtype=options.dtype, device=options.device), with_mtp=False)
         return loader.held_bytes(head_names(loader), as_stored=True)
+
+
+def scoring_bytes(stored: StoredReference, source: Path | None, options: RunOptions) -> int:
+    """Return the most bytes that `compare_reference` holds beside the candidate's head and a block of logits.
+
+    These are the reference's own head and its final hidden states, (R, D) fp32; only headers are read.
+    """
+    hidden_bytes = row_starts(stored.text.plan)[-1] * stored.facts.hidden_size * FP32
+    return other_head_bytes(stored, source, options) + hidden_bytes
 
 
 def _head_of(folder: Path, options: RunOptions) -> Linear:

@@ -166,10 +166,19 @@ def save_reference(
                 write_gains(writer, loader)
             # none is held while layers are
             loader.release(head_names(loader))
-            run = runner(source, text, options, keep_parts(writer) if with_inputs else None)
+            on_part = keep_parts(writer) if with_inputs else None
+            run = runner(source, text, options, on_part, behind=saving_bytes(facts.vocab_size))
             _write_run(writer, run, load_head(loader), text, facts)
             writer.finish()
     return facts
+
+
+def saving_bytes(vocab_size: int) -> int:
+    """Return the most bytes that `save_reference` holds beside the head and a block of logits.
+
+    These are the block in fp64 and, for the logarithm of its sum, its exponentials.
+    """
+    return 2 * LOGIT_ROWS * vocab_size * torch.float64.itemsize
 
 
 def _facts(opened: Source, head: Linear, text: EncodedText, options: RunOptions) -> ReferenceFacts:

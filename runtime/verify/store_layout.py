@@ -73,8 +73,16 @@ class ModelRun:
 class Runner(Protocol):
     """Runs one model on a text; tells `on_part` what each layer is given and makes of it."""
 
-    def __call__(self, folder: Path, text: EncodedText, options: RunOptions, on_part: OnPart | None = None) -> ModelRun:
-        """Return what the model made of the text."""
+    def __call__(
+        self,
+        folder: Path,
+        text: EncodedText,
+        options: RunOptions,
+        on_part: OnPart | None = None,
+        *,
+        behind: int | None = None,
+    ) -> ModelRun:
+        """Return what the model made of the text; `behind` as in `runtime.streaming.one.planned_one`."""
 
 
 @dataclass(frozen=True, slots=True)

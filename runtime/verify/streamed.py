@@ -63,9 +63,12 @@ def stream_one(
     options: StreamOptions,
     on_part: OnPart | None = None,
     progress: Progress | None = None,
+    *,
+    behind: int | None = None,
 ) -> OneModel:
     """Run one model on a text; see `runtime.streaming.one.stream_one`."""
-    return _stream_one(folder, RowPlan(text.token_ids, text.plan.windows), options, on_part, progress)
+    plan = RowPlan(text.token_ids, text.plan.windows)
+    return _stream_one(folder, plan, options, on_part, progress, behind=behind)
 
 
 class StreamedJob:

@@ -346,6 +346,26 @@ def test_reference_stands_for_the_source(
     assert program("verify", str(changed), "--reference", str(kept)).exit_code == 3
 
 
+@pytest.mark.parametrize("kind", ["save", "reference"])
+def test_one_model_is_planned_with_its_head_before_it_is_run(
+    program: Program, source: Path, copy: Path, tmp_path: Path, text: Path, kind: str
+) -> None:
+    """Heads and logits, and with few tokens nearly all, were left out: nothing was told, and any memory was enough."""
+    kept, tokens = tmp_path / "kept.safetensors", ("--text", str(text), "--num-tokens", "64")
+    call = ("verify", str(source), "--save-reference", str(kept), *tokens)
+    if kind == "reference":
+        assert program(*call).exit_code == 0
+        call = ("verify", str(copy), "--reference", str(kept), "--json")
+    told = program(*call).stderr
+    memory = next(line for line in told.splitlines() if line.startswith("memory: "))
+    assert "head and logits" in memory
+    if kind == "save":
+        kept.unlink()
+    refused = program(*call, "--max-memory", "340MB")
+    assert (refused.exit_code, kept.exists()) == (5, kind == "reference")
+    assert "bytes: heads, and a block of logits with its scores, found 340000000. Raise it.\n" in refused.stderr
+
+
 def test_layers_are_judged_without_the_source_where_they_were_kept(
     program: Program, source: Path, copy: Path, tmp_path: Path, text: Path
 ) -> None:

@@ -21,7 +21,7 @@ from runtime.model.loader import load_model
 from runtime.streaming.options import LAYERS, LOGITS, StreamOptions
 from runtime.verify.limits import PROFILES
 from runtime.verify.metrics import TokenScores
-from runtime.verify.reference import check_reference, compare_reference
+from runtime.verify.reference import check_reference, compare_reference, scoring_bytes
 from runtime.verify.replayed import planned_replay
 from runtime.verify.report import Levels, build_report
 from runtime.verify.results import ModelComparison
@@ -42,9 +42,11 @@ def text(stride: int | None = None, length: int = 32) -> EncodedText:
     return EncodedText(TOKEN_IDS, plan_windows(len(TOKEN_IDS), context_length=length, stride=stride))
 
 
-def run(folder: Path, text: EncodedText, options: RunOptions, on_part: OnPart | None = None) -> ModelRun:
+def run(
+    folder: Path, text: EncodedText, options: RunOptions, on_part: OnPart | None = None, *, behind: int | None = None
+) -> ModelRun:
     assert isinstance(options, StreamOptions)
-    found = stream_one(folder, text, options, on_part)
+    found = stream_one(folder, text, options, on_part, behind=behind)
     return ModelRun(found.final_hidden_RD, found.routing_ids, found.norms)
 
 
@@ -165,9 +167,9 @@ def test_what_is_stored_is_what_the_model_says(source, path):
 def test_the_file_is_safetensors_and_appears_only_when_complete(source, path):
     met: list[list[str]] = []
 
-    def watched(*args: object) -> ModelRun:
+    def watched(*args: object, **how: object) -> ModelRun:
         met.append(sorted(entry.name for entry in path.parent.glob("*.safetensors")))
-        return run(*args)
+        return run(*args, **how)
 
     save_reference(path, source, text(), OPTIONS, watched)
     assert met == [[]]
@@ -180,7 +182,7 @@ def test_the_file_is_safetensors_and_appears_only_when_complete(source, path):
 
 
 def test_a_run_that_fails_leaves_nothing(source, path):
-    def failing(*_: object) -> ModelRun:
+    def failing(*_: object, **__: object) -> ModelRun:
         raise ResourceError("memory")
 
     with pytest.raises(ResourceError):
@@ -422,12 +424,15 @@ def test_a_nan_beside_kept_layers_is_placed(source, tmp_path, path):
 
 
 def test_a_head_beside_the_candidates_own_is_in_the_plan(source, candidate, path):
-    heads = []
+    heads, alone = [], []
     for with_head, at_hand in ((False, None), (True, None), (False, source)):
         save_reference(path, source, text(), OPTIONS, run, with_inputs=True, with_head=with_head)
         with StoredReference.open(path) as stored, planned_replay(stored, candidate, OPTIONS, source=at_hand) as job:
             heads.append(job.memory.head)
-    assert [head - heads[0] for head in heads[1:]] == [read_tensors(source)[HEAD_NAME].nbytes] * 2
+            alone.append(scoring_bytes(stored, at_hand, OPTIONS))
+    head_bytes, hidden_bytes = read_tensors(source)[HEAD_NAME].nbytes, len(TOKEN_IDS) * 48 * 4
+    assert [head - heads[0] for head in heads[1:]] == [head_bytes] * 2
+    assert alone == [hidden_bytes, hidden_bytes + head_bytes, hidden_bytes + head_bytes]
 
 
 @pytest.mark.parametrize("levels", [{LAYERS}, {LAYERS, LOGITS}], ids=["layers", "both"])
