@@ -11,7 +11,8 @@ from converters.carried_card import carried_card
 from converters.checkpoint.content_digest import Algorithm
 from converters.checkpoint.coverage import check_complete
 from converters.checkpoint.dtypes import BY_CONFIG_NAME
-from converters.checkpoint.plan import DEFAULT_MAX_SHARD_BYTES, OutputPlan, OutputTensor, Shard, Unit, pack_shards
+from converters.checkpoint.packing import DEFAULT_MAX_SHARD_BYTES, pack_shards
+from converters.checkpoint.plan import OutputPlan, OutputTensor, Shard, Unit
 from converters.conversion import Conversion, passthrough_files
 from converters.convert import ConvertOptions, MtpChoice, check_options, generated_files, new_config, passthrough
 from converters.layout import Layout, Stored, StoredLayout
