@@ -14,6 +14,7 @@ from runtime.model.linear import Linear
 from runtime.model.norm import RMSNorm
 from runtime.model.ops import LayerOps
 from runtime.model.step import Step
+from runtime.moe.workspace import Workspace
 
 
 class Attention(nn.Module):
@@ -28,20 +29,23 @@ class Attention(nn.Module):
         self.o_proj = Linear(config.q_size, config.hidden_size)
         self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.use_qk_norm else None
         self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.use_qk_norm else None
-        # None: torch, with keys and values in one block
+        # None: torch, with keys and values in one block; kernels have a workspace as well
         self.ops: LayerOps | None = None
+        self.workspace: Workspace | None = None
 
     def forward(self, hidden_BTD: torch.Tensor, step: Step, cache: LayerCache | KvPages | None) -> torch.Tensor:
-        """Return (B, T, D); new keys and values go into the cache, if there is one."""
+        """Return (B, T, D); new keys and values go into the cache, if there is one.
+
+        With kernels the result lies in the workspace, until the next layer's attention is computed.
+        """
+        if self.ops is not None:
+            assert not isinstance(cache, LayerCache), "kernels need pages"
+            return self._attend_pages(self.ops, hidden_BTD.flatten(0, 1), step, cache).view(hidden_BTD.shape)
+        assert not isinstance(cache, KvPages), "pages are for kernels"
         heads = (-1, self.head_dim)
         query_BTHP = self.q_proj(hidden_BTD).unflatten(-1, heads)
         key_BTGP = self.k_proj(hidden_BTD).unflatten(-1, heads)
         value_BTGP = self.v_proj(hidden_BTD).unflatten(-1, heads)
-        if self.ops is not None:
-            assert not isinstance(cache, LayerCache), "kernels need pages"
-            mixed_THP = self._attend_pages(self.ops, (query_BTHP, key_BTGP, value_BTGP), step, cache)
-            return self.o_proj(mixed_THP.view(*hidden_BTD.shape[:2], -1))
-        assert not isinstance(cache, KvPages), "pages are for kernels"
         if self.q_norm is not None and self.k_norm is not None:
             query_BTHP, key_BTGP = self.q_norm(query_BTHP), self.k_norm(key_BTGP)
         query_BTHP, key_BTGP = step.rope.rotate(query_BTHP), step.rope.rotate(key_BTGP)
@@ -52,19 +56,35 @@ class Attention(nn.Module):
         mixed_BTHP = attend(query_BTHP, key_BSGP, value_BSGP, visible_TS=step.visible_TS)
         return self.o_proj(mixed_BTHP.flatten(2))
 
-    def _attend_pages(
-        self, ops: LayerOps, heads: tuple[torch.Tensor, torch.Tensor, torch.Tensor], step: Step, pages: KvPages | None
-    ) -> torch.Tensor:
-        """Return (T, H, P) of all sequences, one after the other; new keys and values go into pages."""
-        query_THP, key_TGP, value_TGP = (part.flatten(0, 1) for part in heads)
-        norms, paged, rope = None, step.paged, step.rope
+    def _attend_pages(self, ops: LayerOps, hidden_TD: torch.Tensor, step: Step, pages: KvPages | None) -> torch.Tensor:
+        """Return (T, D) of all sequences, one after the other; new keys and values go into pages."""
+        norms, paged, rope, workspace = None, step.paged, step.rope, self.workspace
         assert paged is not None, "kernels need pages"
+        assert workspace is not None, "kernels need a workspace"
+        query_THP, key_TGP, value_TGP = (
+            _product(linear, hidden_TD, name, workspace).unflatten(-1, (-1, self.head_dim))
+            for linear, name in ((self.q_proj, "query"), (self.k_proj, "key"), (self.v_proj, "value"))
+        )
         if self.q_norm is not None and self.k_norm is not None:
             norms = HeadNorms(self.q_norm.weight, self.k_norm.weight, self.q_norm.eps)
-        query_THP, key_TGP = ops.rope(query_THP, key_TGP, rope.cos_Tr, rope.sin_Tr, paged.angle_rows, norms=norms)
-        pages = paged.new_pages(key_TGP) if pages is None else pages
-        ops.write_pages(key_TGP, value_TGP, paged.slot_mapping, pages)
-        return ops.paged_attention(query_THP, pages, paged.batch, run_tokens=paged.run_tokens)
+        mixed_THP, turned_THP, turned_TGP = (
+            workspace.take(name, tuple(heads.shape), heads.dtype)
+            for name, heads in (("mixed", query_THP), ("turned_query", query_THP), ("turned_key", key_TGP))
+        )
+        angles, turned = (rope.cos_Tr, rope.sin_Tr, paged.angle_rows), (turned_THP, turned_TGP)
+        ops.rope(query_THP, key_TGP, *angles, norms=norms, out=turned)
+        pages = paged.new_pages(turned_TGP) if pages is None else pages
+        ops.write_pages(turned_TGP, value_TGP, paged.slot_mapping, pages)
+        ops.paged_attention(
+            turned_THP, pages, paged.batch, run_tokens=paged.run_tokens, out=mixed_THP, workspace=workspace
+        )
+        return _product(self.o_proj, mixed_THP.flatten(1), "attention", workspace)
+
+
+def _product(linear: Linear, rows_TI: torch.Tensor, name: str, workspace: Workspace) -> torch.Tensor:
+    """Return (T, O) in the workspace, by name."""
+    out_TO = workspace.take(name, (len(rows_TI), linear.weight.shape[0]), rows_TI.dtype)
+    return linear.forward_into(rows_TI, workspace, out_TO)
 
 
 def attend(

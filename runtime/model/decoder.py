@@ -24,6 +24,10 @@ from runtime.model.step import Step, next_step
 from runtime.moe.plan import VANILLA_PLAN, MoePlan
 from runtime.moe.router import RoutingObserver
 from runtime.moe.runner import MoE
+from runtime.moe.workspace import Workspace
+
+# a hidden state and its norm, (B, T, D) each
+Pair = tuple[torch.Tensor, torch.Tensor]
 
 
 class Embedding(nn.Module):
@@ -52,6 +56,8 @@ class DecoderLayer(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = Attention(config)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        # of layers on kernels; each writes there what the one before has left, which is used up by then
+        self.workspace: Workspace | None = None
         self.mlp: GatedMlp | MoE
         if layer < config.first_k_dense_replace:
             self.mlp = GatedMlp(config.hidden_size, config.intermediate_size)
@@ -67,31 +73,44 @@ class DecoderLayer(nn.Module):
 
     def forward_normed(
         self,
-        hidden_BTD: torch.Tensor,
-        normed_BTD: torch.Tensor,
+        inputs: Pair,
         step: Step,
         cache: LayerCache | KvPages | None,
         following: RMSNorm,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        out: Pair,
+    ) -> Pair:
         """Return the hidden state (B, T, D) behind this layer, and its norm, from one launch where there is one for it.
 
+        On kernels nothing is allocated, once the workspace is large enough.
+
         Args:
-            hidden_BTD: the hidden state in front of this layer.
-            normed_BTD: its norm by this layer's input_layernorm.
+            inputs: the hidden state in front of this layer, and its norm by this layer's input_layernorm.
             step: of the pass.
             cache: of this layer.
             following: the norm that comes next: of the layer behind this one, or the final one.
+            out: contiguous, where both go, and what is returned; it may lie where the inputs do.
         """
-        hidden_BTD, normed_BTD = self._attend(hidden_BTD, normed_BTD, step, cache)
+        hidden_BTD, normed_BTD = self._attend(*inputs, step, cache)
         if isinstance(self.mlp, MoE):
-            return self.mlp.forward_and_norm(normed_BTD, step.observer, hidden_BTD, following)
-        return following.add(hidden_BTD, self.mlp(normed_BTD))
+            return self.mlp.forward_and_norm(normed_BTD, step.observer, hidden_BTD, following, out)
+        assert self.workspace is not None, "kernels need a workspace"
+        normed_TD = normed_BTD.flatten(0, 1)
+        added_TD = self.workspace.take("mlp", tuple(normed_TD.shape), normed_TD.dtype)
+        self.mlp.forward_into(normed_TD, self.workspace, added_TD)
+        return following.add(hidden_BTD, added_TD.view(hidden_BTD.shape), out)
 
     def _attend(
         self, hidden_BTD: torch.Tensor, normed_BTD: torch.Tensor, step: Step, cache: LayerCache | KvPages | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> Pair:
         """Return the hidden state in front of the MLP, and the norm of it."""
-        return self.post_attention_layernorm.add(hidden_BTD, self.self_attn(normed_BTD, step, cache))
+        out = None if self.workspace is None else room(self.workspace, ("attended", "attended_normed"), hidden_BTD)
+        return self.post_attention_layernorm.add(hidden_BTD, self.self_attn(normed_BTD, step, cache), out)
+
+
+def room(workspace: Workspace, names: tuple[str, str], hidden_BTD: torch.Tensor) -> Pair:
+    """Return two buffers of the shape and dtype of a hidden state."""
+    first, second = (workspace.take(name, tuple(hidden_BTD.shape), hidden_BTD.dtype) for name in names)
+    return first, second
 
 
 class Decoder(nn.Module):
@@ -118,21 +137,29 @@ class CausalLM(nn.Module):
         self.model = Decoder(config, plan)
         self.lm_head = Linear(config.hidden_size, config.vocab_size)
         self.ops: LayerOps | None = None
+        self.workspace: Workspace | None = None
         self.kv_scales_L2: torch.Tensor | None = None
 
-    def use(self, ops: LayerOps | None, kv_scales_L2: torch.Tensor | None = None) -> None:
+    def use(
+        self, ops: LayerOps | None, kv_scales_L2: torch.Tensor | None = None, workspace: Workspace | None = None
+    ) -> None:
         """Have all layers, the MTP layer too, run on kernels or their twins.
 
         Args:
             ops: None: torch code over keys and values in one block.
             kv_scales_L2: fp32 (L, 2), what multiplies the codes of keys and of values in each layer, the MTP layer's
                 last; None: they are stored in the dtype of compute. Needs ops.
+            workspace: of all layers, and of the experts if these have one; None: a new one where the weights are.
         """
         assert ops is not None or kv_scales_L2 is None, "codes are kept in pages"
-        self.ops, self.kv_scales_L2 = ops, kv_scales_L2
+        self.ops, self.kv_scales_L2, self.workspace = ops, kv_scales_L2, None
+        if ops is not None:
+            self.workspace = workspace or Workspace(self.model.embed_tokens.weight.device)
         for module in self.modules():
             if isinstance(module, RMSNorm | Attention):
                 module.ops = ops
+            if isinstance(module, DecoderLayer | Attention):
+                module.workspace = self.workspace
 
     @property
     def decoder_layers(self) -> Sequence[DecoderLayer]:
@@ -173,13 +200,19 @@ class CausalLM(nn.Module):
     def _run_normed(
         self, hidden_BTD: torch.Tensor, step: Step, caches: Sequence[LayerCache | KvPages | None]
     ) -> torch.Tensor:
-        """Return the hidden state behind the final norm; each layer ends with the norm of the next."""
-        layers = self.decoder_layers
+        """Return the hidden state behind the final norm; each layer ends with the norm of the next.
+
+        The stream goes from layer to layer in the workspace. The result is new: it outlasts the next pass.
+        """
+        assert self.workspace is not None, "kernels need a workspace"
+        layers, result_BTD = self.decoder_layers, torch.empty_like(hidden_BTD)
+        stream_BTD, normed_BTD = room(self.workspace, ("stream", "normed"), hidden_BTD)
         norms = [*(layer.input_layernorm for layer in layers), self.model.norm]
-        normed_BTD = norms[0](hidden_BTD)
+        found = hidden_BTD, norms[0](hidden_BTD, normed_BTD)
         for layer, part, following in zip(layers, caches, norms[1:], strict=True):
-            hidden_BTD, normed_BTD = layer.forward_normed(hidden_BTD, normed_BTD, step, part, following)
-        return normed_BTD
+            out = stream_BTD, result_BTD if following is self.model.norm else normed_BTD
+            found = layer.forward_normed(found, step, part, following, out)
+        return result_BTD
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Return the logits (..., V) fp32 of normed hidden states (..., D); pass only the positions you need."""

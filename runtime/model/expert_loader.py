@@ -60,6 +60,7 @@ class ExpertLoader:
         with_mtp: the MTP layer is among the layers.
     Attributes:
         plan: of the model.
+        workspace: of all its layers.
     Raises:
         UsageError: the backend cannot do what the checkpoint asks for.
     """
@@ -67,7 +68,7 @@ class ExpertLoader:
     def __init__(self, source: Source, official: OfficialTensors, engine: EngineConfig, *, with_mtp: bool) -> None:
         self.plan: MoePlan = VANILLA_PLAN
         self._engine, self._config = engine, source.config
-        self._workspace = Workspace(torch.device(engine.device))
+        self.workspace = Workspace(torch.device(engine.device))
         self._packers: dict[int, ExpertPacker] = {}
         self._modules: dict[int, MoE] = {}
         self._places: dict[str, _Place] = {}
@@ -117,9 +118,9 @@ class ExpertLoader:
         multiplies, weights = self.plan.layers[layer].multiplies_codes, packer.weights()
         if multiplies and weights.scheme is ExpertScheme.NVFP4:
             calibrated = _calibrated(moe, weights.num_experts, weights.device)
-            moe.load(LocalExperts(weights, multiplies_codes=True, calibrated=calibrated), self._workspace)
+            moe.load(LocalExperts(weights, multiplies_codes=True, calibrated=calibrated), self.workspace)
             return
-        moe.load(LocalExperts(weights, *rounding, multiplies_codes=multiplies), self._workspace)
+        moe.load(LocalExperts(weights, *rounding, multiplies_codes=multiplies), self.workspace)
 
     def _survey(self, source: Source, official: OfficialTensors, *, with_mtp: bool) -> dict[int, list[_Stored]]:
         plain, layers = plain_scheme(self._engine), dict[int, list[_Stored]]()

@@ -4,7 +4,8 @@ Shapes: B T ... any leading dims, O out features, I in features. Parameters are 
 the checkpoint's tensors in their place.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +14,7 @@ from torch import nn
 from converters.numerics.fp8 import dequantize_channel
 from runtime.model.codes import multiply_out
 from runtime.model.products import products
+from runtime.moe.workspace import Workspace
 
 # rows of a weight widened to fp32 at a time: 16384 x 5120 fp32 = 320 MiB
 _FP32_ROWS = 16384
@@ -21,6 +23,13 @@ _FP32_ROWS = 16384
 def unfilled(*shape: int) -> nn.Parameter:
     """Return a parameter of this shape without storage, for the loader to replace."""
     return nn.Parameter(torch.empty(shape, device="meta"), requires_grad=False)
+
+
+class Rounding(Protocol):
+    """What an engine does to inputs at run time."""
+
+    def __call__(self, hidden: torch.Tensor, workspace: Workspace | None = None, /) -> torch.Tensor:
+        """Return the values of the codes that inputs are rounded to, in the workspace if there is one."""
 
 
 class Linear(nn.Module):
@@ -38,7 +47,7 @@ class Linear(nn.Module):
         self.bias = unfilled(out_features) if bias else None
         self.weight_scale: nn.Parameter | None = None
         # what an engine does to the inputs of this layer at run time
-        self.quantize_input: Callable[[torch.Tensor], torch.Tensor] | None = None
+        self.quantize_input: Rounding | None = None
         # compute fp32 on the CPU by blocks of the weight; see `products`
         self.in_blocks = False
 
@@ -61,6 +70,22 @@ class Linear(nn.Module):
         """Map (..., I) to (..., O) in the dtype of `hidden`."""
         return self.several([hidden])[0]
 
+    def forward_into(self, hidden_RI: torch.Tensor, workspace: Workspace, out_RO: torch.Tensor) -> torch.Tensor:
+        """Do what `forward` does, but allocate nothing: write the result to `out` and return it.
+
+        Args:
+            hidden_RI: (R, I).
+            workspace: takes rounded inputs, and a weight that has to be multiplied out.
+            out_RO: (R, O), in the dtype of `hidden`.
+        """
+        assert not self.in_blocks, "blocks are for weights that are read as they are needed"
+        if self.quantize_input is not None:
+            hidden_RI = self.quantize_input(hidden_RI, workspace)
+        weight_IO = self._widened(hidden_RI.dtype, workspace).T
+        if self.bias is None:
+            return torch.mm(hidden_RI, weight_IO, out=out_RO)
+        return torch.addmm(self.bias, hidden_RI, weight_IO, out=out_RO)
+
     def several(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Do what `forward` does for several inputs of one dtype, each by itself, and widen the weight once."""
         if self.quantize_input is not None:
@@ -76,6 +101,16 @@ class Linear(nn.Module):
         if self.in_blocks and self.bias is None:
             return self._in_blocks([hidden.to(torch.float32) for hidden in inputs])
         return [self.forward_fp32(hidden) for hidden in inputs]
+
+    def _widened(self, dtype: torch.dtype, workspace: Workspace) -> torch.Tensor:
+        """Return the weight (O, I) with the bits of `dequantized`; it is valid until the next one is widened."""
+        if self.weight.dtype is dtype:
+            return self.weight
+        weight_OI = workspace.take("weight", tuple(self.weight.shape), dtype).copy_(self.weight)
+        if self.weight_scale is None or self.weight.dtype is not torch.float8_e4m3fn:
+            return weight_OI
+        # codes are exact in any dtype; torch multiplies two dtypes in the wider one and rounds once, on a GPU in place
+        return weight_OI.mul_(self.weight_scale)
 
     def _in_blocks(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         found = products(self.weight, self.weight_scale, [hidden.flatten(0, -2) for hidden in inputs])

@@ -98,7 +98,7 @@ class ModelLoader:
             self.model.model.layers.append(self.mtp)
         ops = plan_ops(source.config, engine)
         kv_scales_L2, scale_notes = read_kv_scales(source) if engine.kv_cache_dtype == FP8 else (None, ())
-        self.model.use(ops.ops, kv_scales_L2)
+        self.model.use(ops.ops, kv_scales_L2, self._experts.workspace)
         self._modules = dict(self.model.named_modules())
         self._experts.bind(self._modules)
         # each parameter with the tensor that it is, or whose scale it is; without a unit it is zero

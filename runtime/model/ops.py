@@ -1,7 +1,7 @@
 """What a model does besides its products and experts: our kernels, their torch twins, or torch code of its own."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -30,11 +30,13 @@ class LayerOps:
     philox_uniforms: Callable[..., torch.Tensor]
 
     @classmethod
-    def of_kernels(cls) -> "LayerOps":
-        """Return the Triton kernels."""
+    def of_kernels(cls, *, is_batch_invariant: bool = False) -> "LayerOps":
+        """Return the Triton kernels; `is_batch_invariant`: with an attention of one tile for all numbers of tokens."""
         from runtime.kernels.ops import paged_attention, rms_norm, rope, sampling, write_pages
 
-        return cls._of(rms_norm, rope, write_pages, paged_attention, sampling)
+        found = cls._of(rms_norm, rope, write_pages, paged_attention, sampling)
+        invariant = paged_attention.invariant_paged_attention
+        return replace(found, paged_attention=invariant) if is_batch_invariant else found
 
     @classmethod
     def of_twins(cls) -> "LayerOps":
@@ -89,7 +91,7 @@ def plan_ops(config: Glm4MoeConfig, engine: EngineConfig) -> OpsPlan:
             found=str(config.vocab_size),
             next_step=f"Use --kernels {TORCH}.",
         )
-    return OpsPlan(LayerOps.of_kernels(), notes)
+    return OpsPlan(LayerOps.of_kernels(is_batch_invariant=engine.moe_deterministic), notes)
 
 
 def _choose(config: Glm4MoeConfig, engine: EngineConfig) -> tuple[str, str]:

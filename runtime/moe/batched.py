@@ -50,18 +50,19 @@ class BatchedExperts:
         """Return unweighted results (S, D); see `GroupedExperts`."""
         assert experts.calibrated is None, "inputs of all experts are rounded alike here"
         rows: ContiguousRows | MaskedRows
+        ids_TK, num_experts = slots.ids_TK, slots.num_experts
         if self.is_masked:
-            rows = masked_rows(slots.ids_TK, slots.num_experts, len(hidden_TD))
+            rows = masked_rows(ids_TK, num_experts, len(hidden_TD), workspace=workspace)
             slots_P, block_m, expert_of_block = rows.slots.flatten(), rows.slots.shape[1], None
         else:
             block_m = _FIXED_BLOCK_M if self.is_batch_invariant else block_rows(slots)
-            rows = contiguous_rows(slots.ids_TK, slots.num_experts, block_m, num_shared=slots.num_shared)
-            slots_P, expert_of_block = rows.slots_P, rows.expert_of_block.clamp(min=0)
+            rows = contiguous_rows(ids_TK, num_experts, block_m, num_shared=slots.num_shared, workspace=workspace)
+            slots_P, expert_of_block = rows.slots_P, rows.expert_of_block.clamp_(min=0)
         if experts.round_inputs is not None:
             hidden_TD = experts.round_inputs(hidden_TD, workspace)
         weights, dtype, hidden_size = experts.weights, hidden_TD.dtype, hidden_TD.shape[1]
         rows_PD = workspace.take("rows", (len(slots_P), hidden_size), dtype)
-        gather_rows(hidden_TD, slots_P, slots.num_choices, rows_PD)
+        gather_rows(hidden_TD, slots_P, slots.num_choices, rows_PD, workspace)
         gate_up_P2I = workspace.take("gate_up", (len(slots_P), 2 * weights.intermediate_size), dtype)
         self._multiply(rows_PD, _Matrix(weights, weights.up), block_m, expert_of_block, gate_up_P2I, workspace)
         active_PI = swiglu(gate_up_P2I, workspace, block_m if self.is_batch_invariant else 0)
@@ -70,7 +71,7 @@ class BatchedExperts:
         # what went in is no longer needed
         self._multiply(active_PI, _Matrix(weights, weights.down), block_m, expert_of_block, rows_PD, workspace)
         results_SD = workspace.take("slots", (slots.num_slots, hidden_size), dtype)
-        rows_to_slots(rows_PD, rows.position_of_slot, results_SD)
+        rows_to_slots(rows_PD, rows.position_of_slot, results_SD, workspace)
         return results_SD
 
     def _multiply(
@@ -102,15 +103,15 @@ class _Matrix:
     packed: Packed
 
     def values(self, experts: slice | torch.Tensor, dtype: torch.dtype, workspace: Workspace) -> torch.Tensor:
-        """Return the weights (B, N, K) of some experts: a view, in the workspace, or multiplied out."""
+        """Return the weights (B, N, K) of some experts: a view, or copied or multiplied out in the workspace."""
         codes = self.packed.codes
         if codes.dtype is dtype:
             if isinstance(experts, slice):
                 return codes[experts]
             out = workspace.take("weights", (len(experts), *codes.shape[1:]), dtype)
             return torch.index_select(codes, 0, experts, out=out)
-        is_up = self.packed is self.weights.up
-        return self.weights.up_values(dtype, experts) if is_up else self.weights.down_values(dtype, experts)
+        values = self.weights.up_values if self.packed is self.weights.up else self.weights.down_values
+        return values(dtype, experts, workspace)
 
 
 def block_rows(slots: Slots) -> int:

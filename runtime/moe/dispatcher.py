@@ -104,32 +104,49 @@ class Slots:
         return len(self.ids_TK) * (self.num_choices - self.num_shared) / (num_routed * self.num_ranks)
 
 
-def slots_of(topk_ids_TK: torch.Tensor, topk_weights_TK: torch.Tensor, num_routed: int, num_shared: int) -> Slots:
+def slots_of(
+    topk_ids_TK: torch.Tensor,
+    topk_weights_TK: torch.Tensor,
+    num_routed: int,
+    num_shared: int,
+    workspace: Workspace | None = None,
+) -> Slots:
     """Return the slots of a routing (T, K), with a fused shared expert as one more choice of every token.
 
-    Its weight is 1: routed weights bear routed_scaling_factor already, and the shared expert never does.
+    Its weight is 1: routed weights bear routed_scaling_factor already, and the shared expert never does. They lie in
+    the workspace, if there is one, until the next layer's are made.
     """
-    ids_TK = topk_ids_TK.to(torch.int32)
-    if num_shared:
-        num_tokens = len(ids_TK)
-        ids_TK = torch.cat((ids_TK, ids_TK.new_full((num_tokens, 1), num_routed)), 1)
-        topk_weights_TK = torch.cat((topk_weights_TK, topk_weights_TK.new_ones(num_tokens, 1)), 1)
-    return Slots(ids_TK, topk_weights_TK, num_routed + num_shared, num_shared)
+    buffers, (num_tokens, top_k) = workspace or Workspace(topk_ids_TK.device), topk_ids_TK.shape
+    shape = (num_tokens, top_k + num_shared)
+    ids_TK = buffers.take("ids", shape, torch.int32)
+    weights_TK = buffers.take("routing_weights", shape, topk_weights_TK.dtype)
+    ids_TK[:, :top_k].copy_(topk_ids_TK)
+    ids_TK[:, top_k:].fill_(num_routed)
+    weights_TK[:, :top_k].copy_(topk_weights_TK)
+    weights_TK[:, top_k:].fill_(1)
+    return Slots(ids_TK, weights_TK, num_routed + num_shared, num_shared)
 
 
-def gather_rows(hidden_TD: torch.Tensor, slots_P: torch.Tensor, num_choices: int, out_PD: torch.Tensor) -> None:
+def gather_rows(
+    hidden_TD: torch.Tensor, slots_P: torch.Tensor, num_choices: int, out_PD: torch.Tensor, workspace: Workspace
+) -> None:
     """Copy the token of each row's slot (P,) to out (P, D); padding gets the first token, and nobody reads the result.
 
     Source: permute of a grouped product, `index_select` being the one copy.
     """
-    tokens_P = slots_P.clamp(min=0) // num_choices
-    torch.index_select(hidden_TD, 0, tokens_P, out=out_PD)
+    tokens_P = workspace.take("row_tokens", tuple(slots_P.shape), slots_P.dtype).copy_(slots_P)
+    torch.index_select(hidden_TD, 0, tokens_P.clamp_(min=0).floor_divide_(num_choices), out=out_PD)
 
 
-def rows_to_slots(rows_PD: torch.Tensor, position_of_slot: torch.Tensor, out_SD: torch.Tensor) -> None:
+def rows_to_slots(
+    rows_PD: torch.Tensor, position_of_slot: torch.Tensor, out_SD: torch.Tensor, workspace: Workspace
+) -> None:
     """Copy each slot's row (P, D) to out (S, D), zero where the slot is filtered."""
-    torch.index_select(rows_PD, 0, position_of_slot.clamp(min=0), out=out_SD)
-    out_SD.masked_fill_((position_of_slot < 0)[:, None], 0)
+    shape = tuple(position_of_slot.shape)
+    rows_S = workspace.take("slot_rows", shape, position_of_slot.dtype).copy_(position_of_slot)
+    torch.index_select(rows_PD, 0, rows_S.clamp_(min=0), out=out_SD)
+    is_filtered_S = torch.lt(position_of_slot, 0, out=workspace.take("slot_filtered", shape, torch.bool))
+    out_SD.masked_fill_(is_filtered_S[:, None], 0)
 
 
 def combine_slots(values_SD: torch.Tensor, slots: Slots, workspace: Workspace) -> torch.Tensor:

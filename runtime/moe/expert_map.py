@@ -12,6 +12,7 @@ import torch
 
 from runtime.moe.dispatcher import Slots
 from runtime.moe.layouts import FILTERED
+from runtime.moe.workspace import Workspace
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,14 +44,14 @@ class ExpertMap:
         # what is beyond an expert's copies is never looked up
         table = torch.tensor([found + found[:1] * (width - len(found)) for found in copies], device=device)
         counts = torch.tensor([len(found) for found in copies], device=device)
-        return cls(tuple(map(tuple, held)), counts, table[..., 0], table[..., 1])
+        return cls(tuple(map(tuple, held)), counts, table[..., 0].contiguous(), table[..., 1].contiguous())
 
     @property
     def num_ranks(self) -> int:
         """Ranks that share the experts."""
         return len(self.held)
 
-    def local_slots(self, slots: Slots, rank: int, first_token: int = 0) -> Slots:
+    def local_slots(self, slots: Slots, rank: int, first_token: int = 0, workspace: Workspace | None = None) -> Slots:
         """Return what one rank computes of all slots: ids count its experts, others' slots are filtered.
 
         Copies of an expert take turns by token, so that who computes a slot follows from the token's position alone.
@@ -59,14 +60,23 @@ class ExpertMap:
             slots: of logical experts; a shared expert is one of them.
             rank: whose.
             first_token: position of the first token among all that are dispatched together.
+            workspace: holds the ids, until those of the next layer are made; None: a new tensor.
         """
-        num_tokens = len(slots.ids_TK)
-        logical_TK = slots.ids_TK.to(torch.int64)
-        tokens_T1 = torch.arange(first_token, first_token + num_tokens, device=logical_TK.device)[:, None]
-        known_TK = logical_TK.clamp(min=0)
-        copies_TK = tokens_T1 % self.num_copies_E[known_TK]
-        is_mine_TK = (self.ranks_EC[known_TK, copies_TK] == rank) & (logical_TK >= 0)
-        ids_TK = torch.where(is_mine_TK, self.locals_EC[known_TK, copies_TK], FILTERED).to(torch.int32)
+        buffers, shape = workspace or Workspace(slots.ids_TK.device), tuple(slots.ids_TK.shape)
+        known_TK, copies_TK, ranks_TK, local_TK = (
+            buffers.take(name, shape, torch.int64) for name in ("known_ids", "copies", "ranks", "local_numbers")
+        )
+        known_S = known_TK.copy_(slots.ids_TK).clamp_(min=0).view(-1)
+        torch.index_select(self.num_copies_E, 0, known_S, out=copies_TK.view(-1))
+        tokens_T = buffers.take("token_numbers", shape[:1], torch.int64)
+        tokens_T1 = torch.arange(first_token, first_token + shape[0], out=tokens_T)[:, None]
+        torch.remainder(tokens_T1, copies_TK, out=copies_TK)
+        places_S = copies_TK.add_(known_TK, alpha=self.ranks_EC.shape[1]).view(-1)
+        torch.index_select(self.ranks_EC.view(-1), 0, places_S, out=ranks_TK.view(-1))
+        torch.index_select(self.locals_EC.view(-1), 0, places_S, out=local_TK.view(-1))
+        is_absent_TK, is_filtered_TK = (buffers.take(name, shape, torch.bool) for name in ("absent", "filtered"))
+        torch.ne(ranks_TK, rank, out=is_absent_TK).logical_or_(torch.lt(slots.ids_TK, 0, out=is_filtered_TK))
+        ids_TK = buffers.take("local_ids", shape, torch.int32).copy_(local_TK.masked_fill_(is_absent_TK, FILTERED))
         # a copy of the shared expert is the last expert of its rank
         shared = range(slots.num_experts - slots.num_shared, slots.num_experts)
         num_shared = sum(expert in shared for expert in self.held[rank][len(self.held[rank]) - slots.num_shared :])
@@ -95,6 +105,6 @@ class ExpertShare:
         """Tokens for which this rank computes a shared expert that is none of the grouped ones."""
         return slice(self.rank, None, self.experts.num_ranks)
 
-    def local_slots(self, slots: Slots) -> Slots:
+    def local_slots(self, slots: Slots, workspace: Workspace | None = None) -> Slots:
         """Return the slots of this rank; see `ExpertMap.local_slots`."""
-        return self.experts.local_slots(slots, self.rank)
+        return self.experts.local_slots(slots, self.rank, workspace=workspace)

@@ -10,17 +10,11 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 
+from runtime.model.linear import Rounding
 from runtime.model.mlp import GatedMlp
 from runtime.moe.dispatcher import Slots
 from runtime.moe.weights import ExpertWeights
 from runtime.moe.workspace import Workspace
-
-
-class Rounding(Protocol):
-    """What an engine does to inputs at run time."""
-
-    def __call__(self, hidden: torch.Tensor, workspace: Workspace | None = None, /) -> torch.Tensor:
-        """Return the values of the codes that inputs are rounded to, in the workspace if there is one."""
 
 
 def vanilla_experts(

@@ -67,11 +67,12 @@ class FusedExperts:
         self, hidden_TD: torch.Tensor, slots: Slots, experts: LocalExperts, workspace: Workspace, out_TD: torch.Tensor
     ) -> None:
         """Write weighted sums to out (T, D), rounded once; see `GroupedExperts`."""
-        if self._is_gemv(hidden_TD, slots, experts):
-            active_SI = self._up_gemv(hidden_TD, slots, experts, workspace)
+        given = self._given(hidden_TD, slots, experts, workspace)
+        if self._is_gemv(given):
+            active_SI = self._up_gemv(given)
             self.ops.down_gemv(active_SI, slots.ids_TK, slots.weights_TK, experts.weights, out=out_TD)
             return
-        self.ops.combine(self._values(hidden_TD, slots, experts, workspace), slots.ids_TK, out=out_TD)
+        self.ops.combine(self._values(given), slots.ids_TK, out=out_TD)
 
     def run_and_norm(
         self,
@@ -92,13 +93,13 @@ class FusedExperts:
             norm: weight (D,) and eps.
             out: (T, D) each, of the residual's dtype.
         """
-        if self._is_gemv(hidden_TD, slots, experts):
-            active_SI, weights = self._up_gemv(hidden_TD, slots, experts, workspace), experts.weights
+        given, weights = self._given(hidden_TD, slots, experts, workspace), experts.weights
+        if self._is_gemv(given):
+            active_SI = self._up_gemv(given)
             self.ops.down_gemv(active_SI, slots.ids_TK, slots.weights_TK, weights, residual_TH=residual_TD, out=out[0])
             self.ops.rms_norm(out[0], *norm, out=out[1])
             return
-        values_SD = self._values(hidden_TD, slots, experts, workspace)
-        self.ops.combine_norm(values_SD, slots.ids_TK, residual_TD, *norm, out=out)
+        self.ops.combine_norm(self._values(given), slots.ids_TK, residual_TD, *norm, out=out)
 
     def slot_results(
         self, hidden_TD: torch.Tensor, slots: Slots, experts: LocalExperts, workspace: Workspace
@@ -106,47 +107,39 @@ class FusedExperts:
         """Return unweighted results (S, D); see `GroupedExperts`."""
         values_SD = workspace.take("slots", (slots.num_slots, hidden_TD.shape[1]), hidden_TD.dtype).zero_()
         ones_TK = workspace.take("ones", tuple(slots.weights_TK.shape), torch.float32).fill_(1)
-        self._multiply(hidden_TD, slots, ones_TK, experts, workspace, values_SD)
+        self._multiply(self._given(hidden_TD, slots, experts, workspace), ones_TK, values_SD)
         return values_SD
 
-    def _is_gemv(self, hidden_TD: torch.Tensor, slots: Slots, experts: LocalExperts) -> bool:
-        is_rounded = experts.round_inputs is not None
-        return self._tiles(hidden_TD, slots, experts).is_gemv and not self.is_masked and not is_rounded
+    def _given(self, hidden_TD: torch.Tensor, slots: Slots, experts: LocalExperts, workspace: Workspace) -> "_Given":
+        return _Given(hidden_TD, slots, experts, workspace, self._tiles(hidden_TD, slots, experts))
 
-    def _up_gemv(
-        self, hidden_TD: torch.Tensor, slots: Slots, experts: LocalExperts, workspace: Workspace
-    ) -> torch.Tensor:
-        shape = (slots.num_slots, experts.weights.intermediate_size)
-        active_SI = workspace.take("activation", shape, hidden_TD.dtype)
-        return self.ops.up_gemv(hidden_TD, slots.ids_TK, experts.weights, out=active_SI)
+    def _is_gemv(self, given: "_Given") -> bool:
+        return given.tiles.is_gemv and not self.is_masked and given.experts.round_inputs is None
 
-    def _values(
-        self, hidden_TD: torch.Tensor, slots: Slots, experts: LocalExperts, workspace: Workspace
-    ) -> torch.Tensor:
+    def _up_gemv(self, given: "_Given") -> torch.Tensor:
+        shape = (given.slots.num_slots, given.experts.weights.intermediate_size)
+        active_SI = given.workspace.take("activation", shape, given.hidden_TD.dtype)
+        return self.ops.up_gemv(given.hidden_TD, given.slots.ids_TK, given.experts.weights, out=active_SI)
+
+    def _values(self, given: "_Given") -> torch.Tensor:
         """Return each slot's weighted result (S, D), undefined where it is filtered."""
-        values_SD = workspace.take("slots", (slots.num_slots, hidden_TD.shape[1]), hidden_TD.dtype)
-        self._multiply(hidden_TD, slots, slots.weights_TK, experts, workspace, values_SD)
+        shape = (given.slots.num_slots, given.hidden_TD.shape[1])
+        values_SD = given.workspace.take("slots", shape, given.hidden_TD.dtype)
+        self._multiply(given, given.slots.weights_TK, values_SD)
         return values_SD
 
-    def _multiply(
-        self,
-        hidden_TD: torch.Tensor,
-        slots: Slots,
-        weights_TK: torch.Tensor,
-        experts: LocalExperts,
-        workspace: Workspace,
-        out_SD: torch.Tensor,
-    ) -> None:
+    def _multiply(self, given: "_Given", weights_TK: torch.Tensor, out_SD: torch.Tensor) -> None:
         """Write each slot's result, times its weight; filtered slots keep what they hold."""
-        tiles, dtype = self._tiles(hidden_TD, slots, experts), hidden_TD.dtype
-        rows = self._rows(slots, tiles.block_m, workspace)
-        made = FusedInputs(self.ops, experts, rows, workspace)
+        tiles, experts, hidden_TD = given.tiles, given.experts, given.hidden_TD
+        rows = self._rows(given.slots, tiles.block_m, given.workspace)
+        made = FusedInputs(self.ops, experts, rows, given.workspace)
         is_native = made.is_native(hidden_TD.device)
-        active = made.room(dtype, writes_codes=tiles.can_write_codes)
-        given = made.of_tokens(hidden_TD)
-        self.ops.up(given, experts.weights, rows, active, tiles.up, native_fp4=is_native, rounded_to=dtype)
-        given = made.of_activations(active)
-        self.ops.down(given, experts.weights, rows, weights_TK, out_SD, tiles.down, native_fp4=is_native)
+        active = made.room(hidden_TD.dtype, writes_codes=tiles.can_write_codes)
+        inputs = made.of_tokens(hidden_TD)
+        dtype = hidden_TD.dtype
+        self.ops.up(inputs, experts.weights, rows, active, tiles.up, native_fp4=is_native, rounded_to=dtype)
+        inputs = made.of_activations(active)
+        self.ops.down(inputs, experts.weights, rows, weights_TK, out_SD, tiles.down, native_fp4=is_native)
 
     def _tiles(self, hidden_TD: torch.Tensor, slots: Slots, experts: LocalExperts) -> Any:
         # numbers alone, but its package imports triton
@@ -191,3 +184,14 @@ class FusedExperts:
         return self.ops.build_rows(
             slots.ids_TK, num_experts, block_m, num_shared=slots.num_shared, out=rows, scratch=scratch
         )
+
+
+@dataclass(frozen=True, slots=True)
+class _Given:
+    """What one call works on, and the tiles that were chosen for it."""
+
+    hidden_TD: torch.Tensor
+    slots: Slots
+    experts: LocalExperts
+    workspace: Workspace
+    tiles: Any

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 import torch
 
-from runtime.moe.experts import CalibratedInputs, LocalExperts, Rounding
+from runtime.model.linear import Rounding
+from runtime.moe.experts import CalibratedInputs, LocalExperts
 from runtime.moe.fused_ops import FusedOps
 from runtime.moe.inputs import INPUT_GROUP, Inputs, QuantizedRows
 from runtime.moe.layouts import ContiguousRows, Rows

@@ -38,9 +38,10 @@ def grouped_mm(rows_SK: torch.Tensor, weight_ENK: torch.Tensor, ends_E: torch.Te
 class CutlassExperts:
     """One grouped product each for gate with up, and for down; activation and sum are launches of their own.
 
-    Torch allocates the products' results, of a size that depends on the number of tokens alone. On the CPU a product of
-    fewer than four rows adds up in another order than one of more: an expert whose rows are shared out to copies of it,
-    or that has others in its batch, may differ in the last bits. That is why no batch-invariant mode has this backend.
+    Torch allocates the products' results, of a size that depends on the number of tokens alone, and takes no `out` for
+    them: with what operators need inside, the only new memory behind a warm-up. On the CPU a product of fewer than four
+    rows adds up in another order than one of more: an expert whose rows are shared out to copies of it, or that has
+    others in its batch, may differ in the last bits. That is why no batch-invariant mode has this backend.
     """
 
     def run(
@@ -56,20 +57,20 @@ class CutlassExperts:
         """Return unweighted results (S, D); see `GroupedExperts`."""
         assert experts.calibrated is None, "inputs of all experts are rounded alike here"
         weights, shape = experts.weights, (slots.num_slots, hidden_TD.shape[1])
-        rows = ragged_rows(slots.ids_TK, slots.num_experts)
+        rows = ragged_rows(slots.ids_TK, slots.num_experts, workspace=workspace)
         rows_SD = workspace.take("rows", shape, hidden_TD.dtype)
         # on CUDA the product of codes rounds its inputs itself
         is_scaled = _is_scaled(experts, hidden_TD.device)
         if experts.round_inputs is not None and not is_scaled:
             hidden_TD = experts.round_inputs(hidden_TD, workspace)
-        gather_rows(hidden_TD, rows.slots_S, slots.num_choices, rows_SD)
-        gate_up_S2I = _product(rows_SD, weights, weights.up, rows.ends_E, is_scaled=is_scaled)
+        gather_rows(hidden_TD, rows.slots_S, slots.num_choices, rows_SD, workspace)
+        gate_up_S2I = _product(rows_SD, weights, weights.up, rows.ends_E, workspace, is_scaled=is_scaled)
         active_SI = swiglu(gate_up_S2I, workspace)
         if experts.round_activations is not None and not is_scaled:
             active_SI = experts.round_activations(active_SI, workspace)
-        down_SD = _product(active_SI, weights, weights.down, rows.ends_E, is_scaled=is_scaled)
+        down_SD = _product(active_SI, weights, weights.down, rows.ends_E, workspace, is_scaled=is_scaled)
         results_SD = workspace.take("slots", shape, hidden_TD.dtype)
-        rows_to_slots(down_SD, rows.position_of_slot, results_SD)
+        rows_to_slots(down_SD, rows.position_of_slot, results_SD, workspace)
         return results_SD
 
 
@@ -80,10 +81,16 @@ def _is_scaled(experts: LocalExperts, device: torch.device) -> bool:
 
 
 def _product(
-    rows_SK: torch.Tensor, weights: ExpertWeights, packed: Packed, ends_E: torch.Tensor, *, is_scaled: bool
+    rows_SK: torch.Tensor,
+    weights: ExpertWeights,
+    packed: Packed,
+    ends_E: torch.Tensor,
+    workspace: Workspace,
+    *,
+    is_scaled: bool,
 ) -> torch.Tensor:
     if is_scaled and packed.scales is not None:
-        codes_SK, scales_S = quantize_tokens(rows_SK)
+        codes_SK, scales_S = quantize_tokens(rows_SK, workspace)
         return torch._scaled_grouped_mm(
             codes_SK,
             packed.codes.transpose(1, 2),
@@ -96,19 +103,24 @@ def _product(
     if packed.codes.dtype is rows_SK.dtype:
         values_ENK = packed.codes
     elif packed is weights.up:
-        values_ENK = weights.up_values(rows_SK.dtype)
+        values_ENK = weights.up_values(rows_SK.dtype, workspace=workspace)
     else:
-        values_ENK = weights.down_values(rows_SK.dtype)
+        values_ENK = weights.down_values(rows_SK.dtype, workspace=workspace)
     return grouped_mm(rows_SK, values_ENK, ends_E)
 
 
-def quantize_tokens(rows_SK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def quantize_tokens(rows_SK: torch.Tensor, workspace: Workspace | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """Return E4M3 codes (S, K) and scales (S,) fp32: amax / 448 per row, ties to even.
 
+    They lie in the workspace, if there is one, until the next rows are quantized.
     Source: `runtime.model.activations.InputQuantizer` for FP8 per token, which multiplies out again.
     """
-    values_SK = rows_SK.to(torch.float32)
-    scale_S1 = values_SK.abs().amax(1, keepdim=True) / _E4M3_MAX
+    buffers, shape = workspace or Workspace(rows_SK.device), tuple(rows_SK.shape)
+    values_SK = buffers.take("rounding", shape, torch.float32).copy_(rows_SK)
+    scale_S1, divisor_S1 = (buffers.take(name, (shape[0], 1), torch.float32) for name in ("token_scales", "divisors"))
+    # the largest magnitude, without a tensor of magnitudes
+    torch.linalg.vector_norm(values_SK, float("inf"), 1, keepdim=True, out=scale_S1).div_(_E4M3_MAX)
+    is_zero_S1 = torch.eq(scale_S1, 0, out=buffers.take("token_is_zero", (shape[0], 1), torch.bool))
     # where all is zero, any divisor will do
-    scaled_SK = values_SK / torch.where(scale_S1 == 0, 1.0, scale_S1)
-    return scaled_SK.clamp(-_E4M3_MAX, _E4M3_MAX).to(torch.float8_e4m3fn), scale_S1[:, 0]
+    values_SK.div_(divisor_S1.copy_(scale_S1).masked_fill_(is_zero_S1, 1.0)).clamp_(-_E4M3_MAX, _E4M3_MAX)
+    return buffers.take("token_codes", shape, torch.float8_e4m3fn).copy_(values_SK), scale_S1[:, 0]

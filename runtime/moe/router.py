@@ -8,7 +8,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from converters.config import Glm4MoeConfig
@@ -65,10 +64,10 @@ class Router(nn.Module):
         ids_TK, weights_TK = self.choose(logits_TE)
         return Routing(self.layer, logits_TE, ids_TK, weights_TK)
 
-    def choose(self, logits_TE: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return ids and weights (T, K) of logits (T, E); see `choose_experts`."""
+    def choose(self, logits_TE: torch.Tensor, workspace: Workspace | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return ids and weights (T, K) of logits (T, E), in the workspace if there is one; see `choose_experts`."""
         choose = choose_in_blocks if self.is_batch_invariant else choose_experts
-        return choose(logits_TE, self.bias_E, self.config)
+        return choose(logits_TE, self.bias_E, self.config, workspace)
 
     def logits(self, hidden_TD: torch.Tensor, workspace: Workspace | None = None) -> torch.Tensor:
         """Return router logits (T, E) fp32 of T tokens (T, D) of any float dtype, in the workspace if there is one."""
@@ -101,47 +100,75 @@ def fixed_linear(hidden_TD: torch.Tensor, weight_ED: torch.Tensor, workspace: Wo
 
 
 def choose_in_blocks(
-    router_logits_TE: torch.Tensor, expert_bias_E: torch.Tensor, config: Glm4MoeConfig
+    router_logits_TE: torch.Tensor,
+    expert_bias_E: torch.Tensor,
+    config: Glm4MoeConfig,
+    workspace: Workspace | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return what `choose_experts` does, from a fixed number of tokens at a time.
 
     Torch computes a sigmoid in vectors and what is left over one by one, which differs in the last bit; and it adds up
     few numbers in another order where there are many rows of them.
     """
-    padded_TE = F.pad(router_logits_TE, (0, 0, 0, -len(router_logits_TE) % _FIXED_ROWS))
-    found = [choose_experts(block_ME, expert_bias_E, config) for block_ME in padded_TE.split(_FIXED_ROWS)]
-    ids_TK, weights_TK = (torch.cat(parts)[: len(router_logits_TE)] for parts in zip(*found, strict=True))
-    return ids_TK, weights_TK
+    buffers = workspace or Workspace(router_logits_TE.device)
+    num_tokens, num_experts = router_logits_TE.shape
+    num_padded = num_tokens + -num_tokens % _FIXED_ROWS
+    ids_TK = buffers.take("block_ids", (num_padded, config.num_experts_per_tok), torch.int64)
+    weights_TK = buffers.take("block_weights", (num_padded, config.num_experts_per_tok), router_logits_TE.dtype)
+    padded_TE = buffers.take("padded_logits", (num_padded, num_experts), router_logits_TE.dtype)
+    padded_TE[:num_tokens].copy_(router_logits_TE)
+    padded_TE[num_tokens:].zero_()
+    for start in range(0, num_padded, _FIXED_ROWS):
+        block = slice(start, start + _FIXED_ROWS)
+        ids_MK, weights_MK = choose_experts(padded_TE[block], expert_bias_E, config, buffers)
+        ids_TK[block].copy_(ids_MK)
+        weights_TK[block].copy_(weights_MK)
+    return ids_TK[:num_tokens], weights_TK[:num_tokens]
 
 
 def choose_experts(
-    router_logits_TE: torch.Tensor, expert_bias_E: torch.Tensor, config: Glm4MoeConfig
+    router_logits_TE: torch.Tensor,
+    expert_bias_E: torch.Tensor,
+    config: Glm4MoeConfig,
+    workspace: Workspace | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return ids (T, K) int64 and weights (T, K) fp32 from logits (T, E) fp32 and bias (E,) fp32.
 
-    The bias moves the choice only; weights are the plain sigmoid scores. Among equal scores the lower expert wins.
+    The bias moves the choice only; weights are the plain sigmoid scores. Among equal scores the lower expert wins. Both
+    lie in the workspace, if there is one, until experts are chosen again.
     """
-    scores_TE = router_logits_TE.sigmoid()
-    choice_TE = _limit_groups(scores_TE + expert_bias_E, config.n_group, config.topk_group)
-    ids_TK = _top(choice_TE, config.num_experts_per_tok)
-    weights_TK = scores_TE.gather(1, ids_TK)
+    buffers, shape = workspace or Workspace(router_logits_TE.device), tuple(router_logits_TE.shape)
+    dtype, top_k = router_logits_TE.dtype, config.num_experts_per_tok
+    scores_TE = torch.sigmoid(router_logits_TE, out=buffers.take("router_scores", shape, dtype))
+    choice_TE = torch.add(scores_TE, expert_bias_E, out=buffers.take("router_choice", shape, dtype))
+    _limit_groups(choice_TE, config.n_group, config.topk_group, buffers)
+    ids_TK = _top(choice_TE, top_k, "experts", buffers)
+    weights_TK = buffers.take("chosen_weights", (shape[0], top_k), dtype)
+    torch.gather(scores_TE, 1, ids_TK, out=weights_TK)
     if config.norm_topk_prob:
-        weights_TK = weights_TK / (weights_TK.sum(-1, keepdim=True) + RENORMALIZE_EPS)
-    return ids_TK, weights_TK * config.routed_scaling_factor
+        sums_T1 = buffers.take("chosen_sums", (shape[0], 1), dtype)
+        weights_TK.div_(torch.sum(weights_TK, -1, keepdim=True, out=sums_T1).add_(RENORMALIZE_EPS))
+    return ids_TK, weights_TK.mul_(config.routed_scaling_factor)
 
 
-def _limit_groups(choice_TE: torch.Tensor, n_group: int, topk_group: int) -> torch.Tensor:
+def _limit_groups(choice_TE: torch.Tensor, n_group: int, topk_group: int, workspace: Workspace) -> None:
     """Put -inf on all experts outside the topk_group groups with the highest sum of their two best scores."""
     if topk_group == n_group:
-        return choice_TE
-    choice_TNM = choice_TE.unflatten(1, (n_group, -1))
-    group_scores_TN = choice_TNM.topk(2, dim=-1).values.sum(-1)
-    kept_TN = torch.zeros_like(group_scores_TN, dtype=torch.bool)
-    kept_TN.scatter_(1, _top(group_scores_TN, topk_group), True)
+        return
+    choice_TNM, dtype, shape = choice_TE.unflatten(1, (n_group, -1)), choice_TE.dtype, (len(choice_TE), n_group)
+    best_TN2 = workspace.take("group_best", (*shape, 2), dtype)
+    torch.topk(choice_TNM, 2, dim=-1, out=(best_TN2, workspace.take("group_places", (*shape, 2), torch.int64)))
+    group_scores_TN = torch.sum(best_TN2, -1, out=workspace.take("group_scores", shape, dtype))
+    is_dropped_TN = workspace.take("groups_dropped", shape, torch.bool).fill_(True)
+    is_dropped_TN.scatter_(1, _top(group_scores_TN, topk_group, "groups", workspace), False)
     # -inf, not 0: a biased score may be negative and must still beat a dropped one
-    return choice_TNM.masked_fill(~kept_TN[..., None], float("-inf")).flatten(1)
+    choice_TNM.masked_fill_(is_dropped_TN[..., None], float("-inf"))
 
 
-def _top(scores: torch.Tensor, k: int) -> torch.Tensor:
+def _top(scores: torch.Tensor, k: int, name: str, workspace: Workspace) -> torch.Tensor:
     """Return indices (T, k) of the highest scores in each row; a stable sort, since topk leaves ties open."""
-    return scores.sort(dim=-1, descending=True, stable=True).indices[:, :k]
+    shape = tuple(scores.shape)
+    values = workspace.take(f"sorted_{name}", shape, scores.dtype)
+    indices = workspace.take(f"order_of_{name}", shape, torch.int64)
+    torch.sort(scores, dim=-1, descending=True, stable=True, out=(values, indices))
+    return indices[:, :k]

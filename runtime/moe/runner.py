@@ -38,6 +38,11 @@ def grouped_experts(plan: MoePlan) -> GroupedExperts | None:
 class MoE(nn.Module):
     """Routed experts plus a shared one that sees every token and is neither gated nor scaled.
 
+    Grouped experts and their shared one allocate nothing once `warm_up` has been called: everything, the result too,
+    lies in the workspace or where the caller has it go. Left are the two results of torch's `_grouped_mm`, what its
+    operators need inside (`sort`; on the CPU also products, and those of two dtypes), and what an observer is told.
+    Experts that run one after the other are the oracle, and no part of this.
+
     Args:
         config: the model.
         layer: index; the MTP layer's is num_hidden_layers.
@@ -73,45 +78,60 @@ class MoE(nn.Module):
         A fused shared expert is part of that sum, one of its own is rounded and added behind it.
 
         Args:
-            hidden_BTD: in the dtype of compute.
+            hidden_BTD: in the dtype of compute; may lie where the result goes.
             observer: told the routing.
-            out_BTD: takes the result of grouped experts; None: a new tensor.
+            out_BTD: contiguous, takes the result, and is returned. None: of grouped experts the result lies in the
+                workspace, and the next block that shares it writes there. So whoever calls adds it to the residual
+                stream at once, or keeps a copy.
         """
         hidden_TD = hidden_BTD.flatten(0, 1)
         if self.backend is None:
-            routing = self.gate(hidden_TD)
-            if observer is not None:
-                observer(routing)
-            routed_TD = self._run_modules(hidden_TD, routing)
-            if not self._shares_shared:
-                self._add_shared(hidden_TD, routed_TD)
-            return routed_TD.view(hidden_BTD.shape)
-        out_BTD = torch.empty_like(hidden_BTD) if out_BTD is None else out_BTD
+            result_BTD = self._run_modules(hidden_TD, observer).view(hidden_BTD.shape)
+            return result_BTD if out_BTD is None else out_BTD.copy_(result_BTD)
+        if out_BTD is None:
+            out_BTD = self._local[1].take("block", tuple(hidden_BTD.shape), hidden_BTD.dtype)
         self._run_grouped(hidden_TD, observer, out_BTD.view(hidden_TD.shape))
         return out_BTD
 
     def forward_and_norm(
-        self, hidden_BTD: torch.Tensor, observer: RoutingObserver | None, residual_BTD: torch.Tensor, norm: RMSNorm
+        self,
+        hidden_BTD: torch.Tensor,
+        observer: RoutingObserver | None,
+        residual_BTD: torch.Tensor,
+        norm: RMSNorm,
+        out: tuple[torch.Tensor, torch.Tensor],
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return residual + block (B, T, D), and the norm of it that the next layer starts with.
 
         The fused kernels do both in their last launch, and add the residual before they round; elsewhere the norm's own
         launch follows.
+
+        Args:
+            hidden_BTD: as for `forward`, and so is the observer.
+            residual_BTD: the stream, of the same shape and dtype.
+            norm: of the next layer.
+            out: contiguous, where both go, and what is returned. The stream goes through all layers, and what a block
+                leaves in the workspace does not last as long: who owns the stream says where it lies.
         """
         if (
             not isinstance(self.backend, FusedExperts)
             or self.share is not None
             or not self._local[0].weights.num_shared
         ):
-            return norm.add(residual_BTD, self(hidden_BTD, observer))
+            return norm.add(residual_BTD, self(hidden_BTD, observer), out)
         local, workspace = self._local
-        hidden_TD, residual_TD = hidden_BTD.flatten(0, 1), residual_BTD.flatten(0, 1)
-        out = torch.empty_like(residual_TD), torch.empty_like(residual_TD)
+        hidden_TD, residual_TD, *sums = (part.flatten(0, 1) for part in (hidden_BTD, residual_BTD, *out))
         slots = self._route(hidden_TD, observer)
         self.backend.run_and_norm(
-            hidden_TD, slots, local, workspace, residual_TD=residual_TD, norm=(norm.weight, norm.eps), out=out
+            hidden_TD,
+            slots,
+            local,
+            workspace,
+            residual_TD=residual_TD,
+            norm=(norm.weight, norm.eps),
+            out=(sums[0], sums[1]),
         )
-        return out[0].view(residual_BTD.shape), out[1].view(residual_BTD.shape)
+        return out
 
     def warm_up(self, num_tokens: int, dtype: torch.dtype) -> None:
         """Take all the workspace that up to `num_tokens` of a dtype at a time need; grouped experts only."""
@@ -127,7 +147,10 @@ class MoE(nn.Module):
         assert self.workspace is not None, "no experts are loaded"
         return self.local, self.workspace
 
-    def _run_modules(self, hidden_TD: torch.Tensor, routing: Routing) -> torch.Tensor:
+    def _run_modules(self, hidden_TD: torch.Tensor, observer: RoutingObserver | None) -> torch.Tensor:
+        routing = self.gate(hidden_TD)
+        if observer is not None:
+            observer(routing)
         ids_TK, weights_TK = routing.topk_ids_TK, routing.topk_weights_TK
         experts = list(cast(Sequence[GatedMlp], self.experts))
         if self.share is not None:
@@ -137,14 +160,23 @@ class MoE(nn.Module):
             experts = [all_experts[expert] for expert in self.share.held]
         dispatched = dispatch(hidden_TD, ids_TK, len(experts))
         rows_RD = vanilla_experts(dispatched.rows_RD, dispatched.rows_per_expert_E, experts)
-        return combine(rows_RD, weights_TK, dispatched).to(hidden_TD.dtype)
+        out_TD = combine(rows_RD, weights_TK, dispatched).to(hidden_TD.dtype)
+        if not self._shares_shared:
+            out_TD[self._tokens].add_(self.shared_experts(hidden_TD[self._tokens]))
+        return out_TD
 
     def _run_grouped(self, hidden_TD: torch.Tensor, observer: RoutingObserver | None, out_TD: torch.Tensor) -> None:
         assert self.backend is not None, "experts are modules"
         local, workspace = self._local
-        self.backend.run(hidden_TD, self._route(hidden_TD, observer), local, workspace, out_TD)
+        shared_TD = None
         if not local.weights.num_shared and not self._shares_shared:
-            self._add_shared(hidden_TD, out_TD)
+            # before anything is written to where the tokens may lie
+            mine_TD = hidden_TD[self._tokens]
+            shared_TD = workspace.take("shared", tuple(mine_TD.shape), mine_TD.dtype)
+            self.shared_experts.forward_into(mine_TD, workspace, shared_TD)
+        self.backend.run(hidden_TD, self._route(hidden_TD, observer), local, workspace, out_TD)
+        if shared_TD is not None:
+            out_TD[self._tokens].add_(shared_TD)
 
     def _route(self, hidden_TD: torch.Tensor, observer: RoutingObserver | None) -> Slots:
         """Return the slots of this rank, and tell of the routing of all."""
@@ -155,21 +187,21 @@ class MoE(nn.Module):
             slots = self.backend.route(logits_TE, self.gate.bias_E, self.gate.config, num_shared, workspace)
         else:
             logits_TE = self.gate.logits(hidden_TD, workspace)
-            ids_TK, weights_TK = self.gate.choose(logits_TE)
-            slots = slots_of(ids_TK, weights_TK, len(self.experts), num_shared)
+            ids_TK, weights_TK = self.gate.choose(logits_TE, workspace)
+            slots = slots_of(ids_TK, weights_TK, len(self.experts), num_shared, workspace)
         if observer is not None:
             top_k = self.gate.config.num_experts_per_tok
             # all of it may lie in the workspace, and the observer may keep what it is told
             ids_TK, weights_TK = slots.ids_TK[:, :top_k].to(torch.int64), slots.weights_TK[:, :top_k].clone()
             observer(Routing(self.gate.layer, logits_TE.clone(), ids_TK, weights_TK))
-        return slots if self.share is None else self.share.local_slots(slots)
+        return slots if self.share is None else self.share.local_slots(slots, workspace)
 
     @property
     def _shares_shared(self) -> bool:
         """Whether the shared expert is one of those that ranks share."""
         return self.share is not None and len(self.share.experts.num_copies_E) > len(self.experts)
 
-    def _add_shared(self, hidden_TD: torch.Tensor, out_TD: torch.Tensor) -> None:
-        """Add the shared expert, for each token in one rank alone."""
-        mine = slice(None) if self.share is None else self.share.tokens
-        out_TD[mine].add_(self.shared_experts(hidden_TD[mine]))
+    @property
+    def _tokens(self) -> slice:
+        """Tokens to which this rank adds a shared expert that is none of the grouped ones: each has one such rank."""
+        return slice(None) if self.share is None else self.share.tokens

@@ -12,6 +12,8 @@ from enum import StrEnum
 
 import torch
 
+from runtime.moe.workspace import Workspace
+
 BLOCK = 128
 GROUP = 16
 
@@ -113,18 +115,27 @@ class ExpertWeights:
         """Memory of codes and scales."""
         return self.up.num_bytes + self.down.num_bytes
 
-    def up_values(self, dtype: torch.dtype, experts: slice | torch.Tensor = slice(None)) -> torch.Tensor:
+    def up_values(
+        self, dtype: torch.dtype, experts: slice | torch.Tensor = slice(None), workspace: Workspace | None = None
+    ) -> torch.Tensor:
         """Return some experts' interleaved gate and up weights (e, 2I, H), multiplied out in fp32 and rounded once.
 
         Args:
             dtype: of the result.
             experts: a slice or int64 indices (e,) on the device.
+            workspace: holds the result until the next one is made, and all that comes before it; None: new tensors.
         """
-        return dequantized(self.scheme, _chosen(self.up, experts), dtype, is_interleaved=True)
+        buffers = workspace or Workspace(self.device)
+        chosen = _chosen(self.up, experts, buffers)
+        return dequantized(self.scheme, chosen, dtype, is_interleaved=True, workspace=buffers)
 
-    def down_values(self, dtype: torch.dtype, experts: slice | torch.Tensor = slice(None)) -> torch.Tensor:
+    def down_values(
+        self, dtype: torch.dtype, experts: slice | torch.Tensor = slice(None), workspace: Workspace | None = None
+    ) -> torch.Tensor:
         """Return some experts' down weights (e, H, I), as `up_values` does."""
-        return dequantized(self.scheme, _chosen(self.down, experts), dtype, is_interleaved=False)
+        buffers = workspace or Workspace(self.device)
+        chosen = _chosen(self.down, experts, buffers)
+        return dequantized(self.scheme, chosen, dtype, is_interleaved=False, workspace=buffers)
 
 
 def plain_weights(
@@ -149,48 +160,99 @@ def interleave(gate: torch.Tensor, up: torch.Tensor, dim: int = 1) -> torch.Tens
     return torch.stack((gate, up), dim + 1).flatten(dim, dim + 1)
 
 
-def dequantized(scheme: ExpertScheme, packed: Packed, dtype: torch.dtype, *, is_interleaved: bool) -> torch.Tensor:
-    """Return weights (E, N, K), multiplied out in fp32 and rounded to `dtype` once."""
+def dequantized(
+    scheme: ExpertScheme,
+    packed: Packed,
+    dtype: torch.dtype,
+    *,
+    is_interleaved: bool,
+    workspace: Workspace | None = None,
+) -> torch.Tensor:
+    """Return weights (E, N, K), multiplied out in fp32 and rounded to `dtype` once; see `ExpertWeights.up_values`."""
     codes, scales = packed.codes, packed.scales
+    workspace = workspace or Workspace(codes.device)
+    num_columns = codes.shape[2] * (2 if scheme is ExpertScheme.NVFP4 else 1)
+    shape = (*codes.shape[:2], num_columns)
+    out = workspace.take("weights", shape, dtype)
     if scheme.is_plain:
-        return codes.to(dtype)
+        return out.copy_(codes)
     assert scales is not None, scheme
+    values = out if dtype is torch.float32 else workspace.take("wide_weights", shape, torch.float32)
     match scheme:
         case ExpertScheme.NVFP4:
             assert packed.global_scale is not None, scheme
-            factors = scales.to(torch.float32) * packed.global_scale[:, None, None]
-            values = unpacked_e2m1(codes).unflatten(-1, (-1, GROUP)) * factors[..., None]
-            return values.flatten(-2).to(dtype)
+            factors = workspace.take("weight_factors", tuple(scales.shape), torch.float32).copy_(scales)
+            factors.mul_(packed.global_scale[:, None, None])
+            unpacked_e2m1(codes, values, workspace).unflatten(-1, (-1, GROUP)).mul_(factors[..., None])
         case ExpertScheme.FP8_BLOCK:
-            return (codes.to(torch.float32) * block_scales(scales, codes.shape[1:], is_interleaved)).to(dtype)
+            rows = _block_rows(scales, shape[1], workspace, is_interleaved=is_interleaved)
+            whole = num_columns // BLOCK
+            blocks = values.copy_(codes)[..., : whole * BLOCK].unflatten(-1, (whole, BLOCK))
+            blocks.mul_(rows[..., :whole, None])
+            values[..., whole * BLOCK :].mul_(rows[..., -1:])
         case _:
-            return (codes.to(torch.float32) * scales[..., None]).to(dtype)
+            values.copy_(codes).mul_(scales[..., None])
+    return values if values is out else out.copy_(values)
 
 
 def block_scales(scales: torch.Tensor, shape: tuple[int, ...], is_interleaved: bool) -> torch.Tensor:
     """Return the scales of blocks as one for each weight: (E, ...) fp32 to (E, N, K), `shape` being (N, K)."""
     num_rows, num_columns = shape
+    rows = _block_rows(scales, num_rows, Workspace(scales.device), is_interleaved=is_interleaved)
+    return rows.repeat_interleave(BLOCK, dim=2)[:, :, :num_columns]
+
+
+def _block_rows(scales: torch.Tensor, num_rows: int, workspace: Workspace, *, is_interleaved: bool) -> torch.Tensor:
+    """Return the scales of blocks for each row of weights: fp32 (E, ...) to (E, N, ceil(K / 128))."""
+    rows_N = torch.arange(num_rows, out=workspace.take("scale_rows", (num_rows,), torch.int64))
     if is_interleaved:
-        # (E, 2, rows of blocks, columns of blocks): kinds alternate
-        scales = scales.repeat_interleave(BLOCK, dim=2)[:, :, : num_rows // 2].transpose(1, 2).flatten(1, 2)
+        # kinds alternate, and all blocks of one come before those of the other
+        kinds_N = torch.remainder(rows_N, 2, out=workspace.take("scale_kinds", (num_rows,), torch.int64))
+        rows_N.floor_divide_(2 * BLOCK).add_(kinds_N.mul_(scales.shape[2]))
+        scales = scales.flatten(1, 2)
     else:
-        scales = scales.repeat_interleave(BLOCK, dim=1)[:, :num_rows]
-    return scales.repeat_interleave(BLOCK, dim=2)[:, :, :num_columns]
+        rows_N.floor_divide_(BLOCK)
+    out = workspace.take("row_scales", (len(scales), num_rows, scales.shape[2]), torch.float32)
+    return torch.index_select(scales, 1, rows_N, out=out)
 
 
-def unpacked_e2m1(codes: torch.Tensor) -> torch.Tensor:
-    """Return the fp32 values (..., 2B) of bytes (..., B) with two E2M1 codes each, the low nibble first."""
-    nibbles = torch.stack((codes & 0xF, codes >> 4), -1).flatten(-2)
-    size, power = (nibbles & 7).to(torch.float32), ((nibbles >> 1) & 3).to(torch.int32)
-    # not a table: on a device it would have to be copied there. Codes below 2 are subnormal
-    normal = torch.ldexp((2 + (nibbles & 1)).to(torch.float32), power - 2)
-    values = torch.where(size < 2, size * 0.5, normal)
-    return torch.where(nibbles < 8, values, -values)
+def unpacked_e2m1(
+    codes: torch.Tensor, out: torch.Tensor | None = None, workspace: Workspace | None = None
+) -> torch.Tensor:
+    """Return the fp32 values (..., 2B) of bytes (..., B) with two E2M1 codes each, the low nibble first.
+
+    Args:
+        codes: uint8.
+        out: contiguous, takes the result; None: a new tensor.
+        workspace: takes what comes before it.
+    """
+    workspace, shape = workspace or Workspace(codes.device), (*codes.shape[:-1], 2 * codes.shape[-1])
+    out = torch.empty(shape, device=codes.device) if out is None else out
+    nibbles = workspace.take("nibbles", shape, torch.uint8)
+    pairs = nibbles.unflatten(-1, (-1, 2))
+    torch.bitwise_and(codes, 0xF, out=pairs[..., 0])
+    torch.bitwise_right_shift(codes, 4, out=pairs[..., 1])
+    is_negative = torch.ge(nibbles, 8, out=workspace.take("nibble_signs", shape, torch.bool))
+    # halves of 0, 1, 2, 3, 4, 6, 8, 12: steps double at 4 and at 6. Not a table: it would be copied to a device
+    out.copy_(nibbles.bitwise_and_(7))
+    steps = workspace.take("nibble_steps", shape, torch.float32).copy_(out)
+    out.add_(steps.sub_(4).clamp_(min=0)).add_(steps.sub_(2).clamp_(min=0), alpha=2).mul_(0.5)
+    return torch.where(is_negative, torch.neg(out, out=steps), out, out=out)
 
 
-def _chosen(packed: Packed, experts: slice | torch.Tensor) -> Packed:
+def _chosen(packed: Packed, experts: slice | torch.Tensor, workspace: Workspace) -> Packed:
+    scales, global_scale = packed.scales, packed.global_scale
     return Packed(
-        packed.codes[experts],
-        None if packed.scales is None else packed.scales[experts],
-        None if packed.global_scale is None else packed.global_scale[experts],
+        _picked(packed.codes, experts, "chosen_codes", workspace),
+        None if scales is None else _picked(scales, experts, "chosen_scales", workspace),
+        None if global_scale is None else _picked(global_scale, experts, "chosen_globals", workspace),
     )
+
+
+def _picked(part: torch.Tensor, experts: slice | torch.Tensor, name: str, workspace: Workspace) -> torch.Tensor:
+    """Return the entries of some experts: a view, or copied; values of 8 bits as bytes, which torch copies anywhere."""
+    if isinstance(experts, slice):
+        return part[experts]
+    stored = part.view(torch.uint8) if part.itemsize == 1 else part
+    out = workspace.take(name, (len(experts), *part.shape[1:]), stored.dtype)
+    return torch.index_select(stored, 0, experts, out=out).view(part.dtype)

@@ -18,6 +18,7 @@ import triton.language as tl
 from runtime.kernels.launch import Launch
 from runtime.kernels.moe.decode import operand, product, stored
 from runtime.kernels.ops.inputs import KvPages, PagedBatch
+from runtime.moe.workspace import Workspace
 
 # the fewest of the matrix units' wide instructions
 _INVARIANT_ROWS = 64
@@ -200,6 +201,7 @@ def paged_attention_launches(
     *,
     run_tokens: int = 0,
     out: torch.Tensor | None = None,
+    workspace: Workspace | None = None,
     tile_of: AttentionTile | None = None,
 ) -> list[Launch]:
     """Return the launches of `paged_attention`; `tile_of` replaces the tile that fits the batch."""
@@ -214,9 +216,10 @@ def paged_attention_launches(
     out = torch.empty_like(query_THP) if out is None else out
     parts = (out, out, out)
     if run_tokens:
-        sums = torch.empty((num_runs, *query_THP.shape), dtype=torch.float32, device=query_THP.device)
+        buffers, shape = workspace or Workspace(query_THP.device), (num_runs, num_tokens, num_heads)
         # a run behind the end of a sequence leaves -inf as its peak
-        parts = (sums, torch.empty_like(sums[..., 0]), torch.empty_like(sums[..., 0]))
+        peaks, totals = (buffers.take(name, shape, torch.float32) for name in ("run_peaks", "run_totals"))
+        parts = (buffers.take("run_sums", (*shape, head_dim), torch.float32), peaks, totals)
     constants: dict[str, Any] = {
         "KV_HEADS": num_kv_heads,
         "PER_GROUP": num_heads // num_kv_heads,
@@ -252,6 +255,7 @@ def paged_attention(
     *,
     run_tokens: int = 0,
     out: torch.Tensor | None = None,
+    workspace: Workspace | None = None,
 ) -> torch.Tensor:
     """Return softmax(q k^T / sqrt(P)) v (T, H, P) in the query's dtype; scores, softmax and sums in fp32.
 
@@ -263,8 +267,30 @@ def paged_attention(
         batch: a token sees those before it and itself.
         run_tokens: split sequences into runs of so many tokens, a multiple of 64; 0 = do not.
         out: contiguous, where the result goes.
+        workspace: takes the sums of runs.
     """
-    launches = paged_attention_launches(query_THP, pages, batch, run_tokens=run_tokens, out=out)
+    launches = paged_attention_launches(query_THP, pages, batch, run_tokens=run_tokens, out=out, workspace=workspace)
     for launch in launches:
         launch.run()
     return launches[-1].outputs[0]
+
+
+def invariant_paged_attention(
+    query_THP: torch.Tensor,
+    pages: KvPages,
+    batch: PagedBatch,
+    *,
+    run_tokens: int = 0,
+    out: torch.Tensor | None = None,
+    workspace: Workspace | None = None,
+) -> torch.Tensor:
+    """Return what `paged_attention` does; a row has the same bits whatever tokens and sequences come with it.
+
+    There is one tile for any number of new tokens, and no sequence is split, whatever `run_tokens` says: runs are for
+    single tokens, and would add their sums up in another order than a prompt's. That costs time where few sequences are
+    long.
+    """
+    per_group = query_THP.shape[1] // pages.keys_NSGP.shape[2]
+    found = tile(batch.max_tokens_q, per_group, is_invariant=True)
+    (launch,) = paged_attention_launches(query_THP, pages, batch, out=out, tile_of=found)
+    return launch.run()[0]

@@ -4,6 +4,7 @@ import torch
 
 from runtime.kernels.ops.inputs import KvPages, PagedBatch
 from runtime.model.attention import attend
+from runtime.moe.workspace import Workspace
 
 
 def paged_attention(
@@ -13,6 +14,7 @@ def paged_attention(
     *,
     run_tokens: int = 0,
     out: torch.Tensor | None = None,
+    workspace: Workspace | None = None,
 ) -> torch.Tensor:
     """Return softmax(q k^T / sqrt(P)) v (T, H, P), all in fp32 and rounded once.
 

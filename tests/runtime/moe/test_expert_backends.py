@@ -1,6 +1,7 @@
 """Every grouped backend, in every scheme it takes, within a derived distance of fp64; see `exact_layer`."""
 
 from collections.abc import Callable
+from itertools import combinations
 
 import pytest
 import torch
@@ -58,7 +59,7 @@ def random_hidden(num_tokens: int, dtype: torch.dtype, hidden_size: int = H) -> 
 
 
 @pytest.mark.parametrize("dtype", PLAIN)
-@pytest.mark.parametrize("num_tokens", [1, 3, 17, 130])
+@pytest.mark.parametrize("num_tokens", [1, 3, 17, 257])
 @pytest.mark.parametrize("name", BACKENDS)
 def test_backend_is_within_budget_of_fp64(name, num_tokens, dtype):
     experts = LocalExperts(random_experts(PLAIN[dtype], E, 1, H, I))
@@ -76,7 +77,7 @@ def test_backend_takes_any_routing(name, routing):
 
 
 @pytest.mark.parametrize("top_k", range(1, 9))
-@pytest.mark.parametrize("name", ["batched", "cutlass"])
+@pytest.mark.parametrize("name", ["batched", "cutlass", "triton's twins"])
 def test_backend_takes_any_number_of_choices_with_and_without_shared_expert(name, top_k):
     for num_shared in (0, 1):
         experts = LocalExperts(random_experts(ExpertScheme.FP32, E, num_shared, H, I))
@@ -92,6 +93,23 @@ def test_backend_multiplies_codes_as_what_they_stand_for(name, scheme, dtype):
     experts = LocalExperts(random_experts(scheme, 3, 1, 160, 144))
     hidden, slots = random_hidden(6, dtype, 160), random_slots(6, 3, 2)
     assert_within(run(BACKENDS[name], hidden, slots, experts), hidden, slots, experts)
+
+
+@pytest.mark.parametrize("scheme", [*PLAIN.values(), *QUANTIZED])
+def test_any_two_backends_differ_by_no_more_than_both_budgets(scheme, tally):
+    """Shards of 1408 columns by 8, and blocks of scales that these cut."""
+    dtype = torch.float32 if scheme is ExpertScheme.FP32 else torch.bfloat16
+    experts = LocalExperts(random_experts(scheme, 5, 1, 160, 176))
+    hidden, slots = random_hidden(17, dtype, 160), random_slots(17, 5, 3)
+    exact = exact_layer(hidden, slots, experts.weights)
+    found = {name: run(backend, hidden, slots, experts).double() for name, backend in BACKENDS.items()}
+    pairs = {pair: found[pair[0]] - found[pair[1]] for pair in combinations(found, 2)}
+    shares = {pair: float((off.abs() / (2 * exact.budget)).max()) for pair, off in pairs.items()}
+    assert {pair: share for pair, share in shares.items() if not share <= 1} == {}
+    largest = max(float(off.abs().max()) for off in pairs.values()) / float(exact.values.abs().max())
+    assert largest > 0
+    tally(f"{len(pairs)} pairs of backends, {scheme}: at most {largest:.1e} of the largest value apart, "
+          f"{max(shares.values()):.2f} of the budget")  # fmt: skip
 
 
 @pytest.mark.parametrize("dtype", PLAIN)

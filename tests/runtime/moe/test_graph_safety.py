@@ -1,4 +1,4 @@
-"""What a CUDA graph asks for, seen on the CPU: nothing waits for a value, and after a warm-up nothing large is made."""
+"""What a CUDA graph asks for, seen on the CPU: nothing waits for a value, and after a warm-up nothing is made."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -12,18 +12,20 @@ from torch.utils._pytree import tree_leaves
 from converters.config import Glm4MoeConfig
 from converters.formats.inputs import InputCode, InputScheme
 from runtime.kernels.launch import Launch
+from runtime.kernels.moe import configs
 from runtime.model.activations import InputQuantizer
 from runtime.moe.batched import warm_up_tokens
+from runtime.moe.expert_map import ExpertMap, ExpertShare
 from runtime.moe.experts import CalibratedInputs, LocalExperts
 from runtime.moe.fused import FusedExperts
 from runtime.moe.fused_ops import FusedOps
-from runtime.moe.plan import BATCHED, CUTLASS, TRITON, VANILLA_PLAN, LayerPlan, MoePlan
+from runtime.moe.plan import BATCHED, CUTLASS, TRITON, VANILLA, VANILLA_PLAN, LayerPlan, MoePlan
 from runtime.moe.router import Routing
 from runtime.moe.runner import MoE
 from runtime.moe.weights import ExpertScheme
 from runtime.moe.workspace import Workspace
 from tests.runtime.moe.expert_layers import random_experts, random_slots
-from tests.runtime.moe.moe_blocks import filled_moe
+from tests.runtime.moe.moe_blocks import PoisonedWorkspace, coded_moe, filled_moe
 
 # operators whose result's shape, or the host's next step, depends on values
 _WAITING = {
@@ -99,22 +101,138 @@ def test_the_loop_over_experts_is_seen_to_wait(config):
     assert "aten::bincount" in watch.waiting
 
 
-@pytest.mark.parametrize("backend", [BATCHED, CUTLASS])
-def test_after_warm_up_no_buffer_grows_or_moves_and_no_rows_are_allocated(config, backend):
-    """Torch allocates the two results of its grouped products; all else are indices and router logits."""
-    moe, num_tokens = grouped(config, backend), 60
-    moe.warm_up(num_tokens, torch.float32)
+FEW, PER_TOKEN, PER_GROUP = (1, 2, 3, 16, 17, 40), InputScheme(InputCode.FP8), InputScheme(InputCode.FP8, 128)
+INT8_TOKEN, CALIBRATED = InputScheme(InputCode.INT8), InputScheme(InputCode.NVFP4, 16, is_static=True)
+BY_A_SCALE = InputScheme(InputCode.FP8, None, is_static=True)
+E4M3, BF16 = torch.float8_e4m3fn, torch.bfloat16
+# what torch's own operators make, and take no room for
+MADE = {BATCHED: [], CUTLASS: ["aten::_grouped_mm"] * 2, TRITON: []}
+
+
+def check_nothing_is_made(
+    moe: MoE, num_tokens: int, dtype: torch.dtype, sizes: tuple[int, ...], made: list[str]
+) -> None:
+    """Hold what a block makes behind its warm-up against what it may, its result in the workspace or elsewhere.
+
+    Seen are results of operators; what these need inside, and give back, is torch's.
+    """
+    hidden_size = moe.gate.config.hidden_size
+    moe.warm_up(num_tokens, dtype)
     assert moe.workspace is not None
     moe.workspace.is_fixed = True
-    addresses, out = moe.workspace.addresses(), torch.empty(1, num_tokens, config.hidden_size)
-    for size in range(1, num_tokens + 1):
-        hidden = torch.randn(1, size, config.hidden_size)
-        with Watch() as watch:
-            moe(hidden, None, out[:, :size])
-        row_bytes = size * (config.num_experts_per_tok + 1) * config.moe_intermediate_size * 4
-        large = [name for name, num_bytes in watch.new_bytes if num_bytes >= row_bytes]
-        assert large == (["aten::_grouped_mm"] * 2 if backend == CUTLASS else [])
+    addresses, out = moe.workspace.addresses(), torch.empty(1, num_tokens, hidden_size, dtype=dtype)
+    for size in sizes:
+        hidden = torch.randn(1, size, hidden_size).to(dtype)
+        for where in (None, out[:, :size]):
+            with Watch() as watch:
+                moe(hidden, None, where)
+            assert watch.waiting == set()
+            assert [name for name, _ in watch.new_bytes] == made, size
     assert moe.workspace.addresses() == addresses
+
+
+@pytest.mark.parametrize("shared", ["fused", "apart", "apart, coded", "apart, codes of inputs"])
+@pytest.mark.parametrize("scheme", ExpertScheme)
+@pytest.mark.parametrize("backend", [BATCHED, CUTLASS, TRITON])
+def test_after_warm_up_a_block_makes_nothing(config, launched, backend, scheme, shared):
+    """In any scheme, with a shared expert among the experts or apart, in values or in codes."""
+    dtype = scheme.code_dtype if scheme.is_plain else BF16
+    config = replace(config, n_routed_experts=8, num_experts_per_tok=2, hidden_size=256, moe_intermediate_size=144)
+    num_shared, weight = int(shared == "fused"), dtype if shared == "apart" else E4M3
+    rounding = InputQuantizer(INT8_TOKEN) if shared == "apart, codes of inputs" else None
+    local = LocalExperts(random_experts(scheme, 8, num_shared, 256, 144), rounding, rounding)
+    plan = MoePlan(backend, {5: LayerPlan(scheme, num_shared)})
+    check_nothing_is_made(coded_moe(config, plan, local, weight, rounding), 40, dtype, FEW, MADE[backend])
+
+
+@pytest.mark.parametrize("inputs", [None, PER_TOKEN, PER_GROUP, INT8_TOKEN, CALIBRATED, BY_A_SCALE])
+@pytest.mark.parametrize("weight", [torch.float32, BF16, E4M3])
+def test_a_shared_expert_apart_is_computed_in_the_workspace(config, weight, inputs):
+    """In all that linear layers know; and the bits are those of its module."""
+    config = replace(config, hidden_size=256, moe_intermediate_size=128, routed_scaling_factor=0.0)
+    rounding = None if inputs is None else InputQuantizer(inputs, 0.25 if inputs is BY_A_SCALE else 1.0)
+    experts = LocalExperts(random_experts(ExpertScheme.BF16, config.n_routed_experts, 0, 256, 128))
+    plan = MoePlan(BATCHED, {5: LayerPlan(ExpertScheme.BF16)})
+    moe, hidden = coded_moe(config, plan, experts, weight, rounding), torch.randn(1, 9, 256).to(BF16)
+    assert torch.equal(moe(hidden, None), moe.shared_experts(hidden))
+    check_nothing_is_made(moe, 40, BF16, (1, 9, 40), [])
+
+
+@pytest.mark.parametrize("is_batch_invariant", [False, True])
+@pytest.mark.parametrize("num_groups", [1, 4])
+def test_limited_groups_and_fixed_blocks_make_nothing(config, num_groups, is_batch_invariant):
+    config = replace(config, n_routed_experts=16, n_group=num_groups, topk_group=min(2, num_groups))
+    plan = MoePlan(BATCHED, {5: LayerPlan(ExpertScheme.FP32, 1)}, is_batch_invariant)
+    check_nothing_is_made(filled_moe(config, plan), 60, torch.float32, tuple(range(1, 61)), [])
+
+
+@pytest.mark.parametrize("num_shared", [0, 1])
+@pytest.mark.parametrize("backend", [BATCHED, CUTLASS])
+def test_a_rank_of_several_makes_nothing(config, backend, num_shared):
+    num_routed = config.n_routed_experts
+    held = [[*range(rank, num_routed, 2), *range(num_routed, num_routed + num_shared)] for rank in range(2)]
+    share = ExpertShare(ExpertMap.of(held, num_routed + num_shared), 1)
+    moe = filled_moe(config, MoePlan(backend, {5: LayerPlan(ExpertScheme.FP32, num_shared)}), share)
+    check_nothing_is_made(moe, 40, torch.float32, FEW, MADE[backend])
+
+
+ALL = [(backend, num_shared) for backend in (BATCHED, CUTLASS, TRITON) for num_shared in (0, 1)]
+
+
+@pytest.mark.parametrize(("backend", "num_shared"), ALL)
+def test_nothing_is_used_behind_its_buffer(config, monkeypatch, backend, num_shared):
+    """Neither within a block, nor when the next block with the same workspace runs; see `PoisonedWorkspace`."""
+    monkeypatch.setattr(FusedOps, "of_kernels", FusedOps.of_twins)
+    moe, hidden = grouped(config, backend, num_shared), torch.randn(2, 9, config.hidden_size)
+    expected = moe(hidden, None).clone()
+    moe.workspace = PoisonedWorkspace(hidden.device)
+    first, own = moe(hidden, None), moe(hidden, None, torch.empty_like(hidden))
+    assert torch.equal(first, expected)
+    moe(hidden + 1, None)
+    assert torch.equal(own, expected)
+    # the result of another block lies where this one's did
+    assert not torch.equal(first, expected)
+
+
+@pytest.mark.parametrize("scheme", [ExpertScheme.FP8_CHANNEL, ExpertScheme.FP8_BLOCK, ExpertScheme.NVFP4])
+@pytest.mark.parametrize(("backend", "num_shared"), ALL)
+def test_weights_and_inputs_in_codes_use_nothing_behind_its_buffer(config, monkeypatch, backend, num_shared, scheme):
+    """The shared expert is multiplied out, and its inputs are rounded, in what routed experts use as well."""
+    monkeypatch.setattr(FusedOps, "of_kernels", FusedOps.of_twins)
+    config = replace(config, n_routed_experts=8, num_experts_per_tok=2, hidden_size=256, moe_intermediate_size=144)
+    rounding = InputQuantizer(INT8_TOKEN)
+    local = LocalExperts(random_experts(scheme, 8, num_shared, 256, 144), rounding, rounding)
+    moe = coded_moe(config, MoePlan(backend, {5: LayerPlan(scheme, num_shared)}), local, E4M3, rounding)
+    hidden = torch.randn(1, 9, 256).to(BF16)
+    expected = moe(hidden, None).clone()
+    moe.workspace = PoisonedWorkspace(hidden.device)
+    assert torch.equal(moe(hidden, None), expected)
+    assert expected.isfinite().all()
+
+
+@pytest.mark.parametrize(("backend", "num_shared"), [*ALL, (VANILLA, 0)])
+def test_a_result_may_go_where_the_tokens_are(config, monkeypatch, backend, num_shared):
+    monkeypatch.setattr(FusedOps, "of_kernels", FusedOps.of_twins)
+    moe = filled_moe(config, VANILLA_PLAN) if backend == VANILLA else grouped(config, backend, num_shared)
+    hidden = torch.randn(2, 9, config.hidden_size)
+    expected = moe(hidden, None).clone()
+    assert moe(hidden, None, hidden) is hidden
+    assert torch.equal(hidden, expected)
+
+
+@pytest.mark.parametrize("num_tokens", [1, 50])
+def test_tiles_are_chosen_once_for_a_call(config, launched, monkeypatch, num_tokens):
+    moe, chosen = grouped(config, TRITON), list[Any]()
+    choose = configs.choose
+
+    def count(*args: Any, **kwargs: Any) -> Any:
+        chosen.append(args)
+        return choose(*args, **kwargs)
+
+    monkeypatch.setattr(configs, "choose", count)
+    hidden = torch.randn(1, num_tokens, config.hidden_size)
+    moe(hidden, None)
+    assert len(chosen) == 1
 
 
 def test_a_workspace_that_is_fixed_refuses_to_grow(config):
@@ -129,7 +247,7 @@ def test_a_workspace_that_is_fixed_refuses_to_grow(config):
 @pytest.mark.parametrize("is_batch_invariant", [False, True])
 @pytest.mark.parametrize("num_shared", [0, 1])
 def test_between_kernels_nothing_waits_and_nothing_is_made(config, launched, num_shared, is_batch_invariant):
-    """But for what a shared expert of its own takes; from one token on, where two programs suffice."""
+    """From one token on, where two programs suffice."""
     plan = MoePlan(TRITON, {5: LayerPlan(ExpertScheme.FP32, num_shared)}, is_batch_invariant)
     moe, num_tokens = filled_moe(replace(config, n_routed_experts=16), plan), 120
     moe.warm_up(num_tokens, torch.float32)
@@ -139,23 +257,15 @@ def test_between_kernels_nothing_waits_and_nothing_is_made(config, launched, num
     names = set()
     for size in range(1, num_tokens + 1):
         hidden = torch.randn(1, size, config.hidden_size)
-        with Watch() as apart:
-            if not num_shared:
-                moe.shared_experts(hidden)
         launched.clear()
         with Watch() as watch:
             moe(hidden, None, out[:, :size])
         assert watch.waiting == set()
-        assert watch.new_bytes == apart.new_bytes, size
+        assert watch.new_bytes == [], size
         names.add(tuple(launch.kernel.__name__ for launch in launched))
     assert moe.workspace.addresses() == addresses
     # of a few tokens router logits are a launch too
     assert sorted(map(len, names)) == ([5] if is_batch_invariant else [4, 5, 6]), names
-
-
-CALIBRATED = InputScheme(InputCode.NVFP4, 16, is_static=True)
-PER_TOKEN, PER_GROUP = InputScheme(InputCode.FP8), InputScheme(InputCode.FP8, 128)
-INT8_TOKEN = InputScheme(InputCode.INT8)
 
 
 @pytest.mark.parametrize(
