@@ -9,7 +9,7 @@ from converters.formats.inputs import ACTIVATIONS, FULL
 from runtime.kernels.mode import is_interpreted
 from runtime.moe.plan import BACKENDS, BATCHED, CUTLASS, TRITON, VANILLA
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DEVICES = ("cpu", "cuda")
 AUTO = "auto"
 TORCH = "torch"
@@ -32,14 +32,16 @@ class EngineConfig:
     """Choices of one run.
 
     Args:
-        dtype: of activations and unquantized weights; router, norms, softmax and logits are fp32 in any case.
+        dtype: of activations and unquantized weights; router, norms, softmax and logits are fp32 in any case. float16
+            ends at 65,504: where a model's activations exceed it, logits are NaN, and sampling refuses them.
         device: where the model lives.
         moe_backend: what multiplies the experts; auto = what suits device, scheme and rows per expert.
         kernels: what norms, turns heads, attends and samples: torch, or our kernels over a paged KV cache; auto = what
             suits device and dtype.
         kv_cache_dtype: of keys and values; auto = dtype; fp8 = E4M3 codes by the checkpoint's scales, 1 without them.
         fused_shared_experts: compute the shared expert as one of the experts; auto = where backend and schemes allow.
-        moe_deterministic: what the experts add to a token does not depend on what it is batched with.
+        moe_deterministic: what the experts add to a token does not depend on what it is batched with, nor does what
+            kernels attend to; the products of other layers are torch's.
         activations: `full`: as they are; `as-served`: inputs of quantized layers are rounded as the checkpoint's config
             has engines do it.
         max_context_tokens: prompt and output together; None = the model's max_position_embeddings.
@@ -87,12 +89,23 @@ class EngineConfig:
             raise UsageError(subject, expected=f"{others} with fused_shared_experts 'on'", found=found)
         if self.moe_backend == TRITON:
             _require_triton("moe_backend", self.device, f"--moe-backend {BATCHED}")
+            self._require_dtype_of_tiles(subject)
         if self.moe_backend == CUTLASS and not supports_cutlass(self.device, self.dtype):
             raise UsageError(
                 subject,
                 expected="bfloat16 on a GPU of compute capability 8.0 or later",
                 found=f"{self.dtype} on {torch.cuda.get_device_name()}",
                 next_step=f"Use --moe-backend {BATCHED}.",
+            )
+
+    def _require_dtype_of_tiles(self, subject: str) -> None:
+        """Refuse fp32 on a GPU: tiles of it exceed a program's shared memory where an expert has some ten rows."""
+        if self.dtype == "float32" and not is_interpreted():
+            raise UsageError(
+                subject,
+                expected="bfloat16 or float16 on a GPU",
+                found=self.dtype,
+                next_step=f"Use --dtype bfloat16, or --moe-backend {BATCHED}.",
             )
 
     @property
@@ -122,10 +135,10 @@ def multiplies_fp4(device: str) -> bool:
 
 
 def resolve_dtype(name: str, checkpoint_dtype: str) -> str:
-    """Return the dtype to compute in; auto = the checkpoint's own, float32 where that is float16."""
+    """Return the dtype to compute in; auto = the checkpoint's own, float32 where that is float16, which may overflow."""
     if name != AUTO:
         return name
-    return checkpoint_dtype if checkpoint_dtype in DTYPES else "float32"
+    return checkpoint_dtype if checkpoint_dtype in DTYPES and checkpoint_dtype != "float16" else "float32"
 
 
 def resolve_device(name: str) -> str:

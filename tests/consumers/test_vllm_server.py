@@ -36,9 +36,11 @@ class Sizes:
     seed: int = 0
 
 
-def run(folder: Path, text: EncodedText, options: RunOptions, on_part: OnPart | None = None) -> ModelRun:
+def run(
+    folder: Path, text: EncodedText, options: RunOptions, on_part: OnPart | None = None, *, behind: int | None = None
+) -> ModelRun:
     assert isinstance(options, StreamOptions)
-    found = stream_one(folder, text, options, on_part)
+    found = stream_one(folder, text, options, on_part, behind=behind)
     return ModelRun(found.final_hidden_RD, found.routing_ids)
 
 

@@ -7,7 +7,7 @@ from runtime.config import EngineConfig, resolve_device, resolve_dtype
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"dtype": "float16"}, "dtype 'float16': expected one of float32, bfloat16"),
+        ({"dtype": "float64"}, "dtype 'float64': expected one of float32, bfloat16, float16"),
         ({"device": "tpu"}, "device 'tpu': expected one of cpu, cuda"),
         ({"moe_backend": "fast"}, "moe_backend 'fast': expected one of auto, vanilla, batched, cutlass, triton"),
         (
@@ -53,7 +53,8 @@ def test_engine_config_unsupported_value_is_refused_by_name(changes, message):
 
 def test_engine_config_triton_is_taken_by_the_interpreter(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    assert EngineConfig(moe_backend="triton").moe_backend == "triton"
+    for dtype in ("bfloat16", "float16", "float32"):
+        assert EngineConfig(moe_backend="triton", dtype=dtype).moe_backend == "triton"
     assert EngineConfig(kernels="triton").kernels == "triton"
 
 
@@ -90,6 +91,21 @@ def test_engine_config_kernels_ask_for_the_gpu_that_they_need(monkeypatch):
             "moe_backend 'cutlass': expected bfloat16 on a GPU of compute capability 8.0 or later, found float32 on "
             "Some GPU. Use --moe-backend batched.",
         ),
+        (
+            "triton",
+            "float32",
+            (9, 0),
+            "moe_backend 'triton': expected bfloat16 or float16 on a GPU, found float32. Use --dtype bfloat16, or "
+            "--moe-backend batched.",
+        ),
+        (
+            "cutlass",
+            "float16",
+            (9, 0),
+            "moe_backend 'cutlass': expected bfloat16 on a GPU of compute capability 8.0 or later, found float16 on "
+            "Some GPU. Use --moe-backend batched.",
+        ),
+        ("triton", "float16", (9, 0), None),
         ("triton", "bfloat16", (9, 0), None),
         ("cutlass", "bfloat16", (8, 0), None),
     ],
@@ -119,6 +135,7 @@ def test_engine_config_cuda_without_device_is_refused(monkeypatch):
         ("auto", "float32", "float32"),
         ("auto", "float16", "float32"),
         ("float32", "bfloat16", "float32"),
+        ("float16", "bfloat16", "float16"),
     ],
 )
 def test_resolve_dtype_auto_keeps_the_checkpoints(name, checkpoint_dtype, resolved):

@@ -192,14 +192,15 @@ def _on_blackwell(
 
     Sums of a step come out of tensor memory as a whole to be scaled and added to those of all.
     """
+    is_coded_block = scheme is ExpertScheme.FP8_BLOCK and is_quantized
     if scheme in (ExpertScheme.INT8_CHANNEL, ExpertScheme.NVFP4) and not is_quantized:
         block_k = 64 if scheme is ExpertScheme.INT8_CHANNEL and up.block_m == 128 else up.block_k
         up, down = (replace(config, num_warps=8, block_k=block_k) for config in (up, down))
-    elif scheme is ExpertScheme.FP8_BLOCK and is_quantized and not up.swap_ab:
+    elif is_coded_block and not up.swap_ab:
         up = replace(up, block_n=64)
-    elif scheme is ExpertScheme.FP8_BLOCK and is_quantized and up.block_m == 64:
+    elif (is_coded_block and up.block_m == 64) or (scheme is ExpertScheme.INT8_W8A8 and not up.swap_ab):
         up = replace(up, block_n=128)
-    elif scheme is ExpertScheme.FP8_BLOCK and is_quantized and up.block_m == 32:
+    elif is_coded_block and up.block_m == 32:
         up = replace(up, num_warps=8)
     return up, down
 
@@ -224,10 +225,10 @@ def _kinds(capability: int) -> list[tuple[ExpertScheme, bool]]:
     """Return the schemes, and whether inputs are codes, that a GPU has matrix instructions for."""
     # fp32 is for tests; what is stored for w8a8 is the same as for int8 weights alone
     unshipped = {ExpertScheme.FP32, ExpertScheme.INT8_W8A8}
-    # int8 is slow on Blackwell, E2M1 unknown to Hopper
-    native = ExpertScheme.NVFP4 if capability >= BLACKWELL else ExpertScheme.INT8_W8A8
+    # E2M1 is unknown to Hopper; int8 is slow on Blackwell, and served there all the same
+    codes = [*FP8_SCHEMES, ExpertScheme.INT8_W8A8, *([ExpertScheme.NVFP4] if capability >= BLACKWELL else [])]
     as_they_are = [(scheme, False) for scheme in ExpertScheme if scheme not in unshipped]
-    return as_they_are + [(scheme, True) for scheme in (*FP8_SCHEMES, native)]
+    return as_they_are + [(scheme, True) for scheme in codes]
 
 
 SHIPPED = shipped()
