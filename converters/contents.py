@@ -11,6 +11,7 @@ from typing import Any
 from converters.checkpoint.content_digest import new_hasher
 from converters.checkpoint.disk_read import read_file
 from converters.checkpoint.header import TensorEntry, read_header
+from converters.checkpoint.index import SUFFIX
 from converters.checkpoint.journal import LISTING_FILE
 from converters.checkpoint.manifest import DISTRIBUTION_KEY, MANIFEST_FILE, read_manifest, tensor_record
 from converters.errors import InputError
@@ -78,7 +79,8 @@ def _check_manifest(
 ) -> ContentsReport:
     tensors = _recorded(folder, manifest)
     total = sum(facts["bytes"] for facts in manifest["shards"].values())
-    on_bytes, stop, findings = on_start(total), Event(), list(_check_side_files(folder, manifest["files"]))
+    on_bytes, stop = on_start(total), Event()
+    findings = [*_check_side_files(folder, manifest["files"]), *_stray_weights(folder, manifest["shards"])]
     pool = start_pool(num_workers, "bytes")
     try:
         found = pool.map(lambda file: _check_shard(folder / file, tensors[file], stop, on_bytes), tensors)
@@ -87,6 +89,12 @@ def _check_manifest(
         stop.set()
         pool.shutdown(wait=True, cancel_futures=True)
     return ContentsReport(MANIFEST_FILE, len(tensors) + len(manifest["files"]), total, tuple(findings))
+
+
+def _stray_weights(folder: Path, shards: Mapping[str, Any]) -> list[Finding]:
+    """Return files of weights that the manifest does not know: a loader that takes all there are would load them."""
+    strays = sorted(path.name for path in folder.glob(f"*{SUFFIX}") if path.name not in shards)
+    return [fail(f"candidate: {name}", "no such file in the manifest", "one") for name in strays]
 
 
 def _recorded(folder: Path, manifest: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

@@ -102,11 +102,13 @@ def check_result(dst: Path, job: dict[str, Any], *, update: bool) -> None:
         before = manifest["job"].get("options")
         options = differing_options(before, job["options"]) if isinstance(before, dict) else ""
         is_alike = manifest["job"].get("command") == job["command"] and options
+        # what is cut for ranks, or merged, is not updated
+        can_update = job["command"] != "merge" and "mapping" not in job["options"]
         raise UsageError(
             f"DST {dst}",
             expected="an empty or new folder",
             found="the finished result of another job" + (f" ({options})" if is_alike else ""),
-            next_step="Redo it with --update, or choose another folder.",
+            next_step="Redo it with --update, or choose another folder." if can_update else "Choose another folder.",
         )
 
 

@@ -2,7 +2,7 @@
 
 The new result is built in `DST/.glm4moe/update/` as any other, while DST stays as it is. A tensor that the old manifest
 records as made by the same transform from the same rows, with the same bytes, is copied from DST and proved by its
-sha256; a whole shard that would come out the same is linked. When the new result is finished, and only then, it takes
+digest; a whole shard that would come out the same is linked. When the new result is finished, and only then, it takes
 the place of the old one: a marker is written, and from there on every run first completes the exchange. Before that
 moment a failed or killed update costs nothing.
 

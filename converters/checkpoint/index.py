@@ -84,7 +84,7 @@ def checked_path(folder: Path, file: str) -> Path:
     if not path.exists():
         raise InputError(
             str(path),
-            expected="a file that the index names",
+            expected="a file that the index or the manifest names",
             found="none",
             next_step="The checkpoint is incomplete; fetch it again.",
         )

@@ -162,10 +162,10 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
 
 def _is_manifest(value: dict[str, Any]) -> bool:
     kinds = ("job", "shards", "files", "tensors")
-    if value.get("schema") not in _READ or any(not isinstance(value.get(key), dict) for key in kinds):
+    if str(value.get("schema")) not in _READ or any(not isinstance(value.get(key), dict) for key in kinds):
         return False
     tensors, shards = value["tensors"].values(), value["shards"].values()
-    if not {"source", "version"} <= value["job"].keys() or not all(map(_is_shard, shards)):
+    if not _is_job(value["job"]) or not all(map(_is_shard, shards)):
         return False
     if DISTRIBUTION_KEY in value:
         return isinstance(value[DISTRIBUTION_KEY], dict) and all(map(_is_distributed, tensors))
@@ -173,9 +173,14 @@ def _is_manifest(value: dict[str, Any]) -> bool:
         isinstance(tensor, dict)
         and tensor.keys() >= _TENSOR_KEYS
         and _has_digest(tensor)
+        and isinstance(tensor["file"], str)
         and tensor["file"] in value["shards"]
         for tensor in tensors
     )
+
+
+def _is_job(value: dict[str, Any]) -> bool:
+    return {"source", "version"} <= value.keys() and isinstance(value.get("options", {}), dict)
 
 
 def _is_shard(value: Any) -> bool:
@@ -186,7 +191,11 @@ def _is_distributed(value: Any) -> bool:
     """Return whether this is how a tensor that is cut for ranks is recorded."""
     slices = value.get("slices") if isinstance(value, dict) else None
     return isinstance(slices, list) and all(
-        isinstance(part, dict) and isinstance(part.get("ranks"), list) and _has_digest(part) for part in slices
+        isinstance(part, dict)
+        and isinstance(part.get("ranks"), list)
+        and all(type(rank) is int for rank in part["ranks"])
+        and _has_digest(part)
+        for part in slices
     )
 
 

@@ -50,7 +50,7 @@ class MappingRefused(UsageError):
         sizes = ", ".join(map(str, first.sizes)) or "none"
         super().__init__(
             f"{first.option}: {first.part}",
-            expected=f"a size that divides it: {sizes}",
+            expected=f"a size that fits: {sizes}",
             found=f"{first.reason}{more}",
             next_step=f"{first.way_round[0].upper()}{first.way_round[1:]}." if first.way_round else "",
         )
@@ -159,11 +159,14 @@ def _mlp_limits(
 
 def _ep_limit(config: Glm4MoeConfig, mapping: ParallelMapping) -> Limit:
     experts, redundant, ep = config.n_routed_experts, mapping.redundant_experts, mapping.ep
-    slots = experts + redundant
-    reason = f"{slots} experts do not divide by {ep}" if slots % ep else ""
     if redundant > experts:
         reason = f"{redundant} redundant experts are more than the {experts} there are"
-    around = f"add --redundant-experts {redundant + -slots % ep}, or choose another --ep"
+        fitting = tuple(n for n in (0, *SIZES) if n <= experts and (experts + n) % ep == 0)
+        return Limit("redundant experts", redundant, 1, f"--redundant-experts {redundant}", reason, fitting)
+    slots = experts + redundant
+    needed = redundant + -slots % ep
+    around = f"add --redundant-experts {needed}, or choose another --ep" if needed <= experts else "choose another --ep"
+    reason = f"{slots} experts do not divide by {ep}" if slots % ep else ""
     sizes = tuple(n for n in SIZES if slots % n == 0)
     return Limit("expert slots", slots, 1, f"--ep {ep}", reason, sizes, around)
 

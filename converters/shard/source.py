@@ -1,12 +1,14 @@
 """A sharded checkpoint as a source: every tensor of every rank, and where each official tensor lies among them."""
 
+import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from converters.checkpoint.disk_read import read_file
 from converters.checkpoint.header import TensorEntry, read_header
-from converters.checkpoint.index import CheckpointIndex, checked_path
+from converters.checkpoint.index import SUFFIX, CheckpointIndex, checked_path
 from converters.checkpoint.manifest import DISTRIBUTION_KEY, MANIFEST_FILE, read_manifest
 from converters.config import CONFIG_FILE, Glm4MoeConfig, read_json
 from converters.errors import InputError, UsageError
@@ -91,18 +93,21 @@ class _Facts:
             mtp = bool(about["mtp"]["has_layer"]), bool(about["mtp"]["has_copies"])
             schema = ModelSchema(config, *mtp, bool(about["has_router_bias"]))
             layout, files = Layout(about["tensor_layout"]), ShardLayout(about["layout"])
-            mapping = about["mapping"]
+            mapping = ParallelMapping.from_json(about["mapping"])
+            if len(mapping.stages) != mapping.pp or sum(mapping.stages) != config.num_hidden_layers:
+                raise ValueError(mapping.stages)
         except (KeyError, TypeError, ValueError) as error:
             raise InputError(
                 f"{MANIFEST_FILE}: {DISTRIBUTION_KEY}", expected=f"a block of the form {SCHEMA}", found=repr(error)
             ) from error
-        return cls(schema, ParallelMapping.from_json(mapping), files, layout)
+        return cls(schema, mapping, files, layout)
 
 
 def _build(folder: Path, raw: dict[str, Any], facts: _Facts, manifest: dict[str, Any]) -> ShardedSource:
     quantization = read_quantization(raw, folder)
     schemes = declared_schemes(quantization)
     by_rank, index = _read_headers(folder, manifest["shards"])
+    index = replace(index, notes=_notes(folder, manifest))
     cutter = Cutter(facts.schema, facts.mapping, facts.layout)
     wholes = whole_tensors(facts.schema, StoredLayout(facts.schema, facts.layout), facts.files)
     stored: dict[str, Stored] = {}
@@ -149,6 +154,21 @@ def _read_headers(folder: Path, shards: dict[str, Any]) -> tuple[dict[int, dict[
             by_rank.setdefault(rank, {})[entry.name] = scoped
             entries[scoped.name] = file, scoped
     return by_rank, CheckpointIndex(folder, entries, tuple(shards))
+
+
+def _notes(folder: Path, manifest: dict[str, Any]) -> tuple[str, ...]:
+    """Return what is not as it was written although nothing of it is needed to join the tensors."""
+    changed = [name for name, digest in sorted(manifest["files"].items()) if _sha256(folder / name) != digest]
+    strays = sorted(path.name for path in folder.glob(f"*{SUFFIX}") if path.name not in manifest["shards"])
+    notes = [f"{name} is not the file that {MANIFEST_FILE} has; what is there is taken." for name in changed]
+    return (*notes, *(f"{name} is not in {MANIFEST_FILE}; it is left out." for name in strays))
+
+
+def _sha256(path: Path) -> str:
+    try:
+        return hashlib.sha256(read_file(path)).hexdigest()
+    except (OSError, InputError):
+        return ""
 
 
 def _group(

@@ -61,12 +61,13 @@ def command(
     """
     reads_weights = "--check" if check else "--hash" if want_hash else None
     folder = _local_folder(output, checkpoint, reads_weights if mapping is None else None)
+    beside = {"--tensors": tensors, "--missing": missing, "--hash": want_hash, "--check": check}
     if mapping is not None:
-        beside = {"--tensors": tensors, "--missing": missing, "--hash": want_hash, "--check": check}
         _show_plan(output, folder, checkpoint, Wanted(mapping, gpu_memory, tuple(n for n, on in beside.items() if on)))
         return
     if folder is not None and is_sharded(folder):
-        _show_sharded(output, folder, checkpoint)
+        others = {**beside, "--gpu-memory": gpu_memory is not None}
+        _show_sharded(output, folder, checkpoint, tuple(name for name, on in others.items() if on))
         return
     if gpu_memory is not None:
         raise UsageError("--gpu-memory", expected="--tp, --ep or --pp beside it", found="none of them")
@@ -105,12 +106,20 @@ def _show_plan(output: Output, folder: Path | None, checkpoint: str, wanted: Wan
     output.result({"checkpoint": checkpoint, "parallel_plan": plan_json(plan)})
 
 
-def _show_sharded(output: Output, folder: Path, checkpoint: str) -> None:
+def _show_sharded(output: Output, folder: Path, checkpoint: str, others: tuple[str, ...]) -> None:
     """Tell how a sharded checkpoint is cut; its headers are held against its manifest.
 
+    Args:
+        output: where to tell.
+        folder: the shards.
+        checkpoint: what the user calls them.
+        others: options that say nothing of shards.
     Raises:
-        InputError: files and manifest do not go together.
+        UsageError: there are such options. InputError: files and manifest do not go together.
     """
+    if others:
+        next_step = "'glm4moe shard --merge' restores it; 'glm4moe verify' compares shards as they are."
+        raise UsageError(others[0], expected="a whole checkpoint", found="shards", next_step=next_step)
     with open_sharded(folder) as source:
         sizes: Counter[int] = Counter()
         for name in source.reader.names:
@@ -118,6 +127,8 @@ def _show_sharded(output: Output, folder: Path, checkpoint: str) -> None:
         held = f"{format_bytes(sizes.total())} in {len(source.reader.names):,} tensors"
         output.line(f"{checkpoint}: {source.files} shards of a {source.tensor_layout} layout, {held}")
         show_ranks(output, source.mapping, sizes)
+        for note in source.notes:
+            output.warning(note)
         mapping = source.mapping.as_json()
     output.hint("'glm4moe shard --merge' restores the checkpoint that it was cut from.")
     output.result({"checkpoint": checkpoint, "sharded": {"mapping": mapping, "bytes_of_ranks": dict(sizes)}})

@@ -29,7 +29,7 @@ CASES = [
         MappingRefused((Limit("experts", 4, 1, "--ep", "4 do not divide by 3", (1, 2, 4), "choose --ep 2"),)),
         2,
         "usage",
-        "--ep: experts: expected a size that divides it: 1, 2, 4, found 4 do not divide by 3",
+        "--ep: experts: expected a size that fits: 1, 2, 4, found 4 do not divide by 3",
         "Choose --ep 2.",
         False,
     ),

@@ -121,7 +121,7 @@ def test_sizes_that_do_not_fit_are_a_table_and_an_error(program: Program, src: P
     fitting = ["experts", "shared expert", "expert slots", "layers"]
     assert [row[0] for row in rows if row[4] == "fits"] == fitting
     assert ended.stderr == (
-        "Error: --tp 3: attention heads: expected a size that divides it: 1, 2, 4, 8, found 8 does not divide by 3, "
+        "Error: --tp 3: attention heads: expected a size that fits: 1, 2, 4, 8, found 8 does not divide by 3, "
         "and 3 more. Choose another --tp.\n"
     )
     assert not (tmp_path / "dst").exists()
@@ -221,7 +221,8 @@ def test_a_finished_result_is_left_alone(program: Program, src: Path, tmp_path: 
     assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "dst").iterdir()}
     other = program("shard", str(src), str(tmp_path / "dst"), "--tp", "4")
     assert other.exit_code == 2
-    assert "the finished result of another job" in other.stderr
+    assert "the finished result of another job (mapping: " in other.stderr
+    assert other.stderr.endswith("). Choose another folder.\n"), "shard has no --update"
 
 
 def test_inspect_says_how_shards_are_cut(program: Program, src: Path, tmp_path: Path) -> None:
@@ -232,6 +233,18 @@ def test_inspect_says_how_shards_are_cut(program: Program, src: Path, tmp_path: 
     assert ended.stdout.startswith(f"{cut}: rank shards of a split layout, ")
     found = document(program("inspect", cut, "--json"))["result"]["sharded"]
     assert (found["mapping"]["tp"], found["mapping"]["ep"], set(found["bytes_of_ranks"])) == (2, 2, {"0", "1"})
+
+
+@pytest.mark.parametrize("args", [("--hash",), ("--check",), ("--tensors",), ("--missing",), ("--gpu-memory", "80GB")])
+def test_inspect_refuses_what_it_does_not_do_of_shards(
+    program: Program, src: Path, tmp_path: Path, args: tuple[str, ...]
+) -> None:
+    """They were taken and forgotten: --check of shards read nothing and ended with 0."""
+    cut = str(tmp_path / "cut")
+    assert program("shard", str(src), cut, "--tp", "2", "-q").exit_code == 0
+    ended = program("inspect", cut, *args)
+    assert (ended.exit_code, ended.stdout) == (2, "")
+    assert f"{args[0]}: expected a whole checkpoint, found shards. 'glm4moe shard --merge' restores it" in ended.stderr
 
 
 def test_inspect_plans_ranks(program: Program, src: Path) -> None:

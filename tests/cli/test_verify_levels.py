@@ -1,6 +1,7 @@
 """`glm4moe verify` on bytes and weights: real results, then files that are really damaged."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -107,6 +108,7 @@ def test_file_without_its_old_digest_is_caught_by_its_weights(program: Program, 
         (lambda folder: (folder / "config.json").write_text("{}"), "config.json"),
         (lambda folder: (folder / "LICENSE").unlink(), "LICENSE"),
         (lambda folder: (folder / "model.safetensors").unlink(), "model.safetensors"),
+        (lambda folder: shutil.copy(folder / "model.safetensors", folder / "old.safetensors"), "old.safetensors"),
     ],
 )
 def test_bytes_level_names_the_file(result: tuple[Path, Path], damage: Callable[[Path], object], expected: str) -> None:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +83,49 @@ def test_manifest_of_the_form_before_is_refused(
     assert "expected a manifest of the form glm4moe.manifest/3, found glm4moe.manifest/1. Remove it" in told
     with pytest.raises(InputError, match="manifest/1"):
         read_manifest(dst)
+
+
+def test_manifest_of_the_form_with_sha256_alone_is_read(small: Path, tmp_path: Path) -> None:
+    dst = tmp_path / "dst"
+    assert run(["convert", str(small), str(dst), "-q"]) == 0
+    manifest = json.loads((dst / MANIFEST_FILE).read_text())
+    manifest["schema"] = "glm4moe.manifest/2"
+    del manifest["job"]["options"]["digest"]
+    (dst / MANIFEST_FILE).write_text(json.dumps(manifest))
+    assert run(["verify", str(dst), "--level", "bytes", "-q"]) == 0
+    kept = {path.name: path.stat().st_ino for path in dst.glob("*.safetensors")}
+    assert run(["convert", str(small), str(dst), "--update", "-q"]) == 0
+    assert kept == {path.name: path.stat().st_ino for path in dst.glob("*.safetensors")}, "linked, not made again"
+    assert json.loads((dst / MANIFEST_FILE).read_text())["schema"] == "glm4moe.manifest/3"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda manifest: manifest.update(schema=["glm4moe.manifest/3"]),
+        lambda manifest: manifest["job"].update(options=[]),
+        lambda manifest: manifest["tensors"]["lm_head.weight"].update(file=[]),
+        lambda manifest: manifest["tensors"]["lm_head.weight"].update(sha256=7),
+        lambda manifest: manifest["tensors"]["lm_head.weight"].update(sha256="no hex"),
+        lambda manifest: manifest["tensors"]["lm_head.weight"].update(xxh3=7),
+        lambda manifest: manifest["tensors"]["lm_head.weight"].update(source_digest="md5:00"),
+    ],
+)
+def test_a_manifest_of_odd_values_is_refused_as_damaged(
+    small: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], change: Callable[[dict[str, Any]], None]
+) -> None:
+    dst = tmp_path / "dst"
+    assert run(["convert", str(small), str(dst), "-q"]) == 0
+    manifest = json.loads((dst / MANIFEST_FILE).read_text())
+    change(manifest)
+    (dst / MANIFEST_FILE).write_text(json.dumps(manifest))
+    capsys.readouterr()
+    for command in (
+        ["verify", str(dst), "--level", "bytes"],
+        ["convert", str(small), str(dst), "--update", "--mtp", "drop"],
+    ):
+        assert run([*command, "-q"]) == 4
+        assert capsys.readouterr().err.startswith("Error: ")
 
 
 def test_shards_in_a_journal_of_the_form_before_are_made_again(tmp_path: Path) -> None:

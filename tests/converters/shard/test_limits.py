@@ -63,6 +63,7 @@ def test_heads_and_experts() -> None:
     assert rows["attention heads"].reason == "96 does not divide by 64"
     assert rows["expert slots"].reason == "160 experts do not divide by 64"
     assert rows["expert slots"].way_round == "add --redundant-experts 32, or choose another --ep"
+    assert limits(AIR, 1, tp=512, ep=512)["expert slots"].way_round == "choose another --ep"
     assert not limits(LARGE, 1, tp=32, ep=32)["expert slots"].reason
     assert limits(LARGE, 1, tp=3)["key-value heads"].reason == "8 heads neither divide by 3 nor repeat evenly over it"
     assert limits(LARGE, 1, tp=16)["key-value heads"].reason == ""
@@ -79,7 +80,7 @@ def test_the_message_names_option_part_sizes_and_way_round(work: Path) -> None:
     src = small_checkpoint(work / "src", n_routed_experts=6, num_attention_heads=8, num_key_value_heads=8, head_dim=4)
     error = refused(src, ParallelMapping(tp=4, ep=4))
     assert str(error) == (
-        "--ep 4: expert slots: expected a size that divides it: 1, 2, 3, 6, found 6 experts do not divide by 4. "
+        "--ep 4: expert slots: expected a size that fits: 1, 2, 3, 6, found 6 experts do not divide by 4. "
         "Add --redundant-experts 2, or choose another --ep."
     )
     assert error.exit_code == 2
@@ -113,4 +114,7 @@ def test_a_slot_of_a_fused_shared_expert_is_cut_as_its_neighbours(work: Path) ->
 def test_more_redundant_experts_than_experts_are_refused(work: Path) -> None:
     src = small_checkpoint(work / "src")
     error = refused(src, ParallelMapping(tp=2, ep=2, redundant_experts=6))
-    assert "6 redundant experts are more than the 4 there are" in str(error)
+    assert str(error) == (
+        "--redundant-experts 6: redundant experts: expected a size that fits: 0, 2, 4, "
+        "found 6 redundant experts are more than the 4 there are"
+    )

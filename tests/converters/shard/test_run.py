@@ -162,6 +162,10 @@ def test_a_tensor_that_the_mapping_does_not_have_is_refused(work: Path) -> None:
         lambda manifest: manifest["distribution"].update(schema="x"),
         lambda manifest: manifest["distribution"].pop("mtp"),
         lambda manifest: next(iter(manifest["shards"].values())).update(rank=3),
+        lambda manifest: manifest["distribution"]["mapping"].update(layers_of_stages=[]),
+        lambda manifest: manifest["distribution"]["mapping"].update(layers_of_stages=[2]),
+        lambda manifest: manifest["tensors"]["lm_head.weight"]["slices"][0].update(ranks=[[0]]),
+        lambda manifest: manifest.update(schema=["glm4moe.manifest/3"]),
     ],
 )
 def test_a_manifest_that_does_not_fit_the_files_is_refused(work: Path, change: Any) -> None:
@@ -169,6 +173,23 @@ def test_a_manifest_that_does_not_fit_the_files_is_refused(work: Path, change: A
     rewrite(dst, change)
     with pytest.raises(InputError):
         open_sharded(dst)
+
+
+def test_other_files_than_those_that_were_written_are_told(work: Path) -> None:
+    """Tensors are proved by their digests; a config that was edited, or a tokenizer that was damaged, is carried on."""
+    dst = damaged(work)
+    with open_sharded(dst) as source:
+        assert source.notes == ()
+    (dst / "LICENSE").write_text("another licence\n")
+    (dst / "generation_config.json").unlink()
+    (dst / "rank-00004-of-00005-part-00001-of-00001.safetensors").write_bytes(b"")
+    taken = "is not the file that glm4moe-manifest.json has; what is there is taken."
+    with open_sharded(dst) as source:
+        assert source.notes == (
+            f"LICENSE {taken}",
+            f"generation_config.json {taken}",
+            "rank-00004-of-00005-part-00001-of-00001.safetensors is not in glm4moe-manifest.json; it is left out.",
+        )
 
 
 def test_replicas_that_differ_in_their_scales_are_refused(work: Path) -> None:
