@@ -135,7 +135,7 @@ def multiplies_fp4(device: str) -> bool:
 
 
 def resolve_dtype(name: str, checkpoint_dtype: str) -> str:
-    """Return the dtype to compute in; auto = the checkpoint's own, float32 where that is float16, which may overflow."""
+    """Return the dtype to compute in; auto = the checkpoint's own, float32 where that is float16: it may overflow."""
     if name != AUTO:
         return name
     return checkpoint_dtype if checkpoint_dtype in DTYPES and checkpoint_dtype != "float16" else "float32"

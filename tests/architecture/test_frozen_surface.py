@@ -183,7 +183,7 @@ SURFACE: dict[str, list[str]] = {
         "--top-p",
         "--top-k",
         "--seed",
-        "--dtype auto|float32|bfloat16",
+        "--dtype auto|float32|bfloat16|float16",
         "--device auto|cpu|cuda",
         "--moe-backend auto|vanilla|batched|cutlass|triton",
         "--kernels auto|torch|triton",
