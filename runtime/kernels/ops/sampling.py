@@ -102,23 +102,24 @@ def _at(
     TILE: tl.constexpr,
 ) -> tl.tensor:
     """Return the id of the kept token that covers a place when their masses lie in the order of ids."""
-    found = tl.full((), VOCAB, tl.int64)
+    # ids and numbers of tokens in 32 bits: a thread has no registers to spare
+    found = tl.full((), VOCAB, tl.int32)
     mass = tl.zeros((), tl.int64)
-    equal = tl.zeros((), tl.int64)
+    equal = tl.zeros((), tl.int32)
     for first in range(0, VOCAB, TILE):
         logit_W = _logits(row_ptr, first, VOCAB, TILE)
         key_W = _keys(logit_W)
-        is_equal_W = (key_W == least_key).to(tl.int64)
+        is_equal_W = (key_W == least_key).to(tl.int32)
         number_W = equal + tl.cumsum(is_equal_W, 0) - is_equal_W
         is_kept_W = (key_W > least_key) | ((key_W == least_key) & (number_W < num_equal))
         mass_W = tl.where(is_kept_W, _masses(logit_W, largest, temperature), 0)
         end_W = mass + tl.cumsum(mass_W, 0)
-        id_W = (first + tl.arange(0, TILE)).to(tl.int64)
         # beyond the place, the first whose mass reaches past it
-        found = tl.minimum(found, tl.min(tl.where((end_W > place) & (mass_W > 0), id_W, VOCAB), axis=0))
+        id_W = tl.where((end_W > place) & (mass_W > 0), first + tl.arange(0, TILE), VOCAB)
+        found = tl.minimum(found, tl.min(id_W, axis=0))
         mass += tl.sum(mass_W, axis=0)
         equal += tl.sum(is_equal_W, axis=0)
-    return found
+    return found.to(tl.int64)
 
 
 @triton.jit

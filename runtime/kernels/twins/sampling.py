@@ -22,9 +22,25 @@ def sample(
     """Return the ids (B,) int64 of the next tokens; see `runtime.kernels.ops.sampling.sample`."""
     # -0 is equal to 0
     logits_BV = logits_BV + 0.0
-    sorted_BV, ids_BV = logits_BV.sort(descending=True, stable=True)
+    # of equal logits the first
+    chosen_B = logits_BV.argmax(1)
     is_greedy_B = temperature_B <= 0
-    divisor_B1 = torch.where(is_greedy_B, 1.0, temperature_B)[:, None]
+    if not bool(is_greedy_B.all()):
+        chosen_B = torch.where(is_greedy_B, chosen_B, _drawn(logits_BV, temperature_B, top_k_B, top_p_B, uniform_B))
+    chosen_B = torch.where(logits_BV.isfinite().all(1), chosen_B, -1)
+    return chosen_B if out is None else out.copy_(chosen_B)
+
+
+def _drawn(
+    logits_BV: torch.Tensor,
+    temperature_B: torch.Tensor,
+    top_k_B: torch.Tensor,
+    top_p_B: torch.Tensor,
+    uniform_B: torch.Tensor,
+) -> torch.Tensor:
+    """Return ids (B,) by chance; those of rows without a temperature say nothing."""
+    sorted_BV, ids_BV = logits_BV.sort(descending=True, stable=True)
+    divisor_B1 = torch.where(temperature_B <= 0, 1.0, temperature_B)[:, None]
     masses_BV = (torch.exp((sorted_BV - sorted_BV[:, :1]) / divisor_B1) * _UNIT).to(torch.int64)
     place_V = torch.arange(logits_BV.shape[1], device=logits_BV.device)
     masses_BV.masked_fill_((top_k_B > 0)[:, None] & (place_V >= top_k_B[:, None]), 0)
@@ -34,10 +50,7 @@ def sample(
     kept_BV = torch.zeros_like(masses_BV).scatter_(1, ids_BV, masses_BV * is_left_BV)
     end_BV = kept_BV.cumsum(1)
     place_B = (uniform_B * end_BV[:, -1]).to(torch.int64).minimum(end_BV[:, -1] - 1)
-    drawn_B = torch.searchsorted(end_BV, place_B[:, None], right=True)[:, 0]
-    chosen_B = torch.where(is_greedy_B, ids_BV[:, 0], drawn_B)
-    chosen_B = torch.where(logits_BV.isfinite().all(1), chosen_B, -1)
-    return chosen_B if out is None else out.copy_(chosen_B)
+    return torch.searchsorted(end_BV, place_B[:, None], right=True)[:, 0]
 
 
 def philox_uniforms(seeds_B: torch.Tensor, offsets_B: torch.Tensor, *, out: torch.Tensor | None = None) -> torch.Tensor:

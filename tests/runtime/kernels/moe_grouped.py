@@ -22,7 +22,17 @@ from runtime.kernels.moe.configs import HOPPER, TileConfig, choose
 from runtime.moe.inputs import Inputs, QuantizedRows, Rows, new_quantized_rows
 from runtime.moe.layouts import MaskedRows
 from runtime.moe.weights import ExpertScheme, ExpertWeights
-from tests.runtime.kernels.moe_layers import GROUPED, NVFP4, PLAIN, ROW, Layer, exact_inputs, exact_weight, moved
+from tests.runtime.kernels.moe_layers import (
+    GROUPED,
+    NVFP4,
+    NVFP4_EACH,
+    PLAIN,
+    ROW,
+    Layer,
+    exact_inputs,
+    exact_weight,
+    moved,
+)
 
 UNIT = 2.0**-24
 ROUNDING = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 2.0**-24}
@@ -54,12 +64,13 @@ CODES = replace(LARGE, block_n=256)
 
 @dataclass(frozen=True)
 class Case:
-    """A layer, a layout, and tiles."""
+    """A layer, a layout, and tiles; `native_fp4`: NVFP4 codes are multiplied as they are."""
 
     layer: Layer
     config: TileConfig = LARGE
     masked: bool = False
     writes_codes: bool = False
+    native_fp4: bool = False
 
 
 def cases() -> dict[str, Case]:
@@ -86,7 +97,7 @@ def _schemes() -> Iterator[tuple[str, Case]]:
 def _shapes() -> Iterator[tuple[str, Case]]:
     """Numbers of tokens, shards of GLM-4.5-Air's 1408, tiles as chosen, numbers of experts."""
     some = (KINDS[0], KINDS[4], KINDS[11])
-    for scheme, dtype, inputs in some:
+    for scheme, dtype, inputs in (*some, KINDS[7], KINDS[8], KINDS[9]):
         for tokens in (1, 17, 257):
             layer = Layer(scheme, dtype, inputs, tokens, hidden=48, intermediate=32)
             for masked in (False, True):
@@ -142,9 +153,9 @@ def run_case(case: Case, device: str = "cpu") -> dict[str, Any]:
     weights, rows = layer.weights(), layer.rows(config.block_m, masked=case.masked)
     there, rows_there = moved(weights, device), moved(rows, device)
     slots = (rows.slots if isinstance(rows, MaskedRows) else rows.slots_P).flatten().long()
-    given = layer.given(layer.tokens, layer.hidden)
+    given = layer.given(len(slots) if layer.inputs == NVFP4_EACH else layer.tokens, layer.hidden)
     made = moved(_out(case, weights, len(slots)), device), _out(case, weights, len(slots))
-    up.up(moved(given, device), there, rows_there, made[0], config)
+    up.up(moved(given, device), there, rows_there, made[0], config, native_fp4=case.native_fp4)
     up_twin.up(given, weights, rows, made[1], config)
     found: dict[str, Any] = {}
     for name, out in zip(NAMES, made, strict=True):
@@ -155,10 +166,9 @@ def run_case(case: Case, device: str = "cpu") -> dict[str, Any]:
         inputs[slots < 0] = torch.nan
     topk_weights = layer.topk_weights()
     out = torch.full((layer.tokens * layer.top_k, layer.hidden), KEPT, dtype=layer.dtype)
+    given_down = moved(inputs, device), there, rows_there, topk_weights.to(device), moved(out.clone(), device)
     outs = [
-        down.down(
-            moved(inputs, device), there, rows_there, topk_weights.to(device), moved(out.clone(), device), config
-        ).cpu(),
+        down.down(*given_down, config, native_fp4=case.native_fp4).cpu(),
         down_twin.down(inputs, weights, rows, topk_weights, out.clone(), config),
     ]
     for name, out in zip(NAMES, outs, strict=True):
@@ -214,13 +224,16 @@ def _share(found: torch.Tensor, expected: torch.Tensor, allowed: torch.Tensor, d
 def _up_share(case: Case, weights: ExpertWeights, rows: Rows, given: Inputs, out: Inputs, is_short: bool) -> float:
     """Return the largest share of what is allowed; inf if a row that is not used was written."""
     slots = (rows.slots if isinstance(rows, MaskedRows) else rows.slots_P).flatten().long()
-    experts, values = experts_of_rows(rows), exact_inputs(given)
+    experts = experts_of_rows(rows)
+    is_laid_out = case.layer.inputs == NVFP4_EACH
+    source = torch.arange(len(slots)) if is_laid_out else slots // case.layer.top_k
+    values = exact_inputs(given, experts)
     is_code = isinstance(out, QuantizedRows)
     unused = out.scales[slots < 0] if is_code else out[slots < 0]
     worst = 0.0 if bool((unused == KEPT).all()) else float("inf")
     for expert in experts[slots >= 0].unique().tolist():
         chosen = (experts == expert) & (slots >= 0)
-        total, off = product(weights, weights.up, expert, values[slots[chosen] // case.layer.top_k], is_short)
+        total, off = product(weights, weights.up, expert, values[source[chosen]], is_short)
         gate, up = total[:, 0::2], total[:, 1::2]
         silu = gate * gate.sigmoid()
         expected = silu * up
@@ -248,7 +261,8 @@ def _down_share(
 ) -> float:
     layer = case.layer
     position = rows.position_of_slot.long()
-    experts, values, topk = experts_of_rows(rows), exact_inputs(inputs), layer.topk_weights().flatten().double()
+    experts, topk = experts_of_rows(rows), layer.topk_weights().flatten().double()
+    values = exact_inputs(inputs, experts)
     worst = 0.0 if bool((out[position < 0] == KEPT).all()) else float("inf")
     slot = (position >= 0).nonzero().flatten()
     for expert in experts[position[slot]].unique().tolist():

@@ -42,13 +42,13 @@ def _as_stored(value, dtype: tl.constexpr):
 
 
 @contextmanager
-def patched(module: ModuleType, name: str, function: Any) -> Iterator[None]:
-    kept = getattr(module, name)
-    setattr(module, name, function)
+def patched(owner: ModuleType | type, name: str, value: Any) -> Iterator[None]:
+    kept = getattr(owner, name)
+    setattr(owner, name, value)
     try:
         yield
     finally:
-        setattr(module, name, kept)
+        setattr(owner, name, kept)
 
 
 def canaries() -> dict[str, dict[str, Any]]:

@@ -14,8 +14,9 @@ from runtime.moe.layouts import contiguous_rows, masked_rows
 from runtime.moe.weights import BLOCK, GROUP, ExpertScheme, ExpertWeights, Packed, block_scales, unpacked_e2m1
 
 Moved = TypeVar("Moved")
-# inputs that products take: as they are, codes with a scale for a row, for 128 columns, for 16
-PLAIN, ROW, GROUPED, NVFP4 = "plain", "row", "grouped", "nvfp4"
+# inputs that products take: as they are, codes with a scale for a row, for 128 columns, for 16; the last laid out, with
+# a global scale for each expert
+PLAIN, ROW, GROUPED, NVFP4, NVFP4_EACH = "plain", "row", "grouped", "nvfp4", "nvfp4 each"
 
 
 @dataclass(frozen=True)
@@ -79,10 +80,11 @@ class Layer:
     def given(self, num_rows: int, num_columns: int, seed: int = 1) -> Inputs:
         """Return rows of activations (rows, columns), as they are or as codes."""
         g = torch.Generator().manual_seed(seed)
-        if self.inputs == NVFP4:
+        if self.inputs in (NVFP4, NVFP4_EACH):
             codes = torch.randint(256, (num_rows, num_columns // 2), generator=g, dtype=torch.uint8)
             scales = self._scales(g, num_rows, num_columns // GROUP).to(torch.float8_e4m3fn)
-            return QuantizedRows(codes, scales, self._scales(g, 1))
+            is_each = self.inputs == NVFP4_EACH
+            return QuantizedRows(codes, scales, self._scales(g, self.experts if is_each else 1), is_laid_out=is_each)
         values = self._values(g, num_rows, num_columns).to(self.dtype)
         if self.inputs == PLAIN:
             return values
@@ -131,13 +133,15 @@ def exact_weight(weights: ExpertWeights, packed: Packed, expert: int) -> torch.T
     return values if packed.scales is None else values * packed.scales[expert].double()[:, None]
 
 
-def exact_inputs(inputs: Inputs) -> torch.Tensor:
-    """Return rows in fp64."""
+def exact_inputs(inputs: Inputs, experts_R: torch.Tensor | None = None) -> torch.Tensor:
+    """Return rows in fp64; `experts_R`: each row's expert, for global scales of each."""
     if not isinstance(inputs, QuantizedRows):
         return inputs.double()
     if inputs.global_scale is not None:
         scales = inputs.scales.double().repeat_interleave(GROUP, 1)
-        return unpacked_e2m1(inputs.codes).double() * scales * inputs.global_scale.double()
+        each = len(inputs.global_scale) > 1
+        global_scale = inputs.global_scale[experts_R.clamp(min=0), None] if each else inputs.global_scale
+        return unpacked_e2m1(inputs.codes).double() * scales * global_scale.double()
     width = BLOCK if inputs.is_grouped else inputs.codes.shape[1]
     scales = inputs.scales.double().repeat_interleave(width, 1)[:, : inputs.codes.shape[1]]
     return inputs.codes.double() * scales

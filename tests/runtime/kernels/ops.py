@@ -5,7 +5,7 @@ The interpreter has to be chosen before triton is imported: TRITON_INTERPRET=1 p
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -247,6 +247,38 @@ class BeyondCase:
         return unequal("beyond the pages", found[1].cpu(), found[0].cpu())
 
 
+@dataclass(frozen=True)
+class MeanCase:
+    """A query of zeros takes the mean of two or four whole numbers, which is exact: one rounding shows, ties too.
+
+    In the budgets of other cases a result that is truncated would have room.
+    """
+
+    dtype: torch.dtype
+    run_tokens: int = 0
+
+    def differences(self, device: str) -> list[str]:
+        from runtime.kernels.ops.paged_attention import paged_attention
+
+        query, pages, batch = AttentionCase(self.dtype, self.dtype, (1, 1), (2, 4)).inputs()
+        # neighbours above 2^8 and 2^11 are odd and even: means of two lie halfway between numbers of 8 and 11 bits
+        first = {BF16: 2**8, FP16: 2**11, FP32: 2**22}[self.dtype]
+        numbers = first + 2 * (torch.arange(4 * 16).view(4, 1, 16) * 7 % 13)
+        exact = []
+        for number, length in enumerate(batch.seq_lens_B.tolist()):
+            values = numbers[:length].to(self.dtype)
+            write(pages, batch.block_table_BM[number], values, values)
+            exact.append(values.double().mean(0).to(self.dtype).expand(query.shape[1:]))
+        there = (query.to(device) * 0, moved_pages(pages, device), moved_batch(batch, device))
+        return unequal("means", paged_attention(*there, run_tokens=self.run_tokens).cpu(), torch.stack(exact))
+
+
+def mean_cases() -> Iterator[tuple[str, MeanCase]]:
+    for name, dtype in DTYPES.items():
+        yield f"mean {name}", MeanCase(dtype)
+    yield "mean in runs", MeanCase(BF16, 64)
+
+
 def beyond_cases() -> Iterator[tuple[str, BeyondCase]]:
     yield "length beyond pages", BeyondCase()
     yield "length beyond pages, runs", BeyondCase(64)
@@ -261,6 +293,40 @@ def attention_cases() -> Iterator[tuple[str, AttentionCase]]:
     yield "attention runs", AttentionCase(BF16, BF16, (1, 1, 1), (64, 130, 5), run_tokens=64)
     yield "attention runs fp8", AttentionCase(FP16, E4M3, (3, 1), (66, 128), run_tokens=64)
     yield "attention as the model", AttentionCase(BF16, BF16, (2,), (20,), (12, 1), 128)
+
+
+@dataclass(frozen=True)
+class InvariantCase:
+    """Tokens of a prompt beside another sequence, and in parts by themselves: the same bits."""
+
+    dtype: torch.dtype
+    stored: torch.dtype
+
+    def differences(self, device: str) -> list[str]:
+        from runtime.kernels.ops.paged_attention import invariant_paged_attention, paged_attention
+
+        query, pages, batch = AttentionCase(self.dtype, self.stored, (140, 7), (140, 90)).inputs()
+        query, pages, batch = query.to(device), moved_pages(pages, device), moved_batch(batch, device)
+        whole, lines = invariant_paged_attention(query, pages, batch), []
+
+        def part(attend: Callable[..., torch.Tensor], first: int, last: int) -> torch.Tensor:
+            starts, lengths = torch.tensor([0, last - first], dtype=torch.int32), torch.tensor([last]).int()
+            table = batch.block_table_BM[:1].contiguous()
+            alone = PagedBatch(starts.to(device), lengths.to(device), table, last - first)
+            return attend(query[first:last].contiguous(), pages, alone, run_tokens=64).cpu()
+
+        for first, last in ((139, 140), (70, 71), (64, 66), (60, 77), (0, 3)):
+            found = part(invariant_paged_attention, first, last)
+            lines += unequal(f"tokens {first} to {last}", found, whole[first:last].cpu())
+        # or the comparison would see nothing
+        is_seen = not torch.equal(part(paged_attention, 139, 140), whole[139:140].cpu())
+        return lines if is_seen or self.dtype is not FP32 else [*lines, "runs make no difference"]
+
+
+def invariant_cases() -> Iterator[tuple[str, InvariantCase]]:
+    yield "invariant attention fp32", InvariantCase(FP32, FP32)
+    yield "invariant attention bf16", InvariantCase(BF16, BF16)
+    yield "invariant attention bf16 fp8", InvariantCase(BF16, E4M3)
 
 
 @dataclass(frozen=True)
@@ -357,12 +423,13 @@ def sample_cases() -> Iterator[tuple[str, SampleCase]]:
     yield "sample in tiles", SampleCase("ties", 150, 64)
 
 
-Case = NormCase | RopeCase | AttentionCase | BeyondCase | WriteCase | SampleCase
+Case = NormCase | RopeCase | AttentionCase | MeanCase | BeyondCase | InvariantCase | WriteCase | SampleCase
 
 
 def cases() -> dict[str, Case]:
     """Return all cases by name."""
-    kinds = (norm_cases, rope_cases, attention_cases, beyond_cases, write_cases, sample_cases)
+    attention = (attention_cases, mean_cases, beyond_cases, invariant_cases)
+    kinds = (norm_cases, rope_cases, *attention, write_cases, sample_cases)
     return {name: case for kind in kinds for name, case in kind()}
 
 

@@ -1,4 +1,4 @@
-"""Launches of the kernels around the grouped products, at GLM-4.6's sizes, without any memory."""
+"""Launches of the kernels around the grouped products, at sizes of GLM-4.6 and GLM-4.5-Air, without any memory."""
 
 from collections.abc import Iterator
 
@@ -14,7 +14,7 @@ from runtime.kernels.moe.quantize_rows import quantize_rows_launch
 from runtime.kernels.moe.route import route_launch
 from runtime.kernels.moe.router_logits import router_logits_launch
 from runtime.kernels.ops.inputs import HeadNorms, KvPages, PagedBatch
-from runtime.kernels.ops.paged_attention import paged_attention_launches
+from runtime.kernels.ops.paged_attention import paged_attention_launches, tile
 from runtime.kernels.ops.rms_norm import rms_norm_launch
 from runtime.kernels.ops.rope import rope_launch
 from runtime.kernels.ops.sampling import philox_uniforms_launch, sample_launch
@@ -22,15 +22,20 @@ from runtime.kernels.ops.write_pages import write_pages_launch
 from runtime.moe.inputs import new_quantized_rows
 from runtime.moe.weights import ExpertScheme
 from tests.runtime.kernels.moe_cases import (
+    AIR,
     CHOICES,
     EXPERTS,
+    GLM,
     HIDDEN,
     INTERMEDIATE,
     META,
+    SHARD,
     TOKENS,
+    Sizes,
     blocks,
     empty,
     inputs,
+    product_dtype,
     weights,
 )
 
@@ -46,7 +51,8 @@ def routing(config: Glm4MoeConfig) -> Iterator[tuple[str, Launch]]:
     for name, dtype in (("bf16", BF16), ("fp32", torch.float32)):
         weight = empty(EXPERTS - 1, HIDDEN, dtype=dtype)
         yield f"router_logits {name}", router_logits_launch(empty(16, HIDDEN, dtype=BF16), weight)
-    yield "route", route_launch(empty(TOKENS, EXPERTS - 1), empty(EXPERTS - 1), config, num_shared=1)
+    for name, num_experts in (("", EXPERTS - 1), (AIR.name, AIR.experts - 1)):
+        yield f"{name}route", route_launch(empty(TOKENS, num_experts), empty(num_experts), config, num_shared=1)
     for num_tokens, block_m in ((1, 16), (256, 32), (TOKENS, 128)):
         ids = empty(num_tokens, CHOICES, dtype=torch.int32)
         *counting, placing = build_rows_launches(ids, EXPERTS, block_m, num_shared=1)[0]
@@ -75,12 +81,23 @@ def rows() -> Iterator[tuple[str, Launch]]:
     yield "combine norm", combine_launch(values, ids, residual_TH=hidden, norm=(norm, 1e-5))
     yield "rms_norm", rms_norm_launch(hidden, norm, 1e-5)
     yield "add_rms_norm", rms_norm_launch(hidden, norm, 1e-5, residual=hidden)
+
+
+def gemv() -> Iterator[tuple[str, Launch]]:
+    """Yield the products of a token; some at an eighth of GLM-4.5-Air, where tiles and blocks are not full."""
+    yield from _gemv(GLM, GEMV_SCHEMES)
+    yield from _gemv(SHARD, (ExpertScheme.BF16, ExpertScheme.FP8_BLOCK))
+
+
+def _gemv(sizes: Sizes, schemes: tuple[ExpertScheme, ...]) -> Iterator[tuple[str, Launch]]:
     ids = empty(1, CHOICES, dtype=torch.int32)
-    for scheme in GEMV_SCHEMES:
-        dtype = torch.float16 if scheme is ExpertScheme.FP16 else BF16
-        token, active = empty(1, HIDDEN, dtype=dtype), empty(CHOICES, INTERMEDIATE, dtype=dtype)
-        yield f"up_gemv {scheme}", up_gemv_launch(token, ids, weights(scheme))
-        yield f"down_gemv {scheme}", down_gemv_launch(active, ids, empty(1, CHOICES), weights(scheme))
+    # no layout is asked for here
+    name = sizes.name.replace("masked ", "")
+    for scheme in schemes:
+        dtype, of_sizes = product_dtype(scheme), weights(scheme, sizes)
+        token, active = empty(1, sizes.hidden, dtype=dtype), empty(CHOICES, sizes.intermediate, dtype=dtype)
+        yield f"{name}up_gemv {scheme}", up_gemv_launch(token, ids, of_sizes)
+        yield f"{name}down_gemv {scheme}", down_gemv_launch(active, ids, empty(1, CHOICES), of_sizes)
 
 
 def attention() -> Iterator[tuple[str, Launch]]:
@@ -99,6 +116,8 @@ def attention() -> Iterator[tuple[str, Launch]]:
             attend, *adding = paged_attention_launches(query[:num_tokens], pages, batch, run_tokens=run)
             yield f"paged_attention {kind} {name}", attend
             yield from ((f"add_runs {name}", launch) for launch in adding)
+        for_all = tile(1, HEADS // KV_HEADS, is_invariant=True)
+        yield f"paged_attention invariant {name}", paged_attention_launches(query, pages, batch, tile_of=for_all)[0]
 
 
 def sampling() -> Iterator[tuple[str, Launch]]:
@@ -111,4 +130,4 @@ def sampling() -> Iterator[tuple[str, Launch]]:
 
 def small_launches(config: Glm4MoeConfig) -> dict[str, Launch]:
     """Return all of them by name."""
-    return {**dict(routing(config)), **dict(rows()), **dict(attention()), **dict(sampling())}
+    return {**dict(routing(config)), **dict(rows()), **dict(gemv()), **dict(attention()), **dict(sampling())}

@@ -22,9 +22,13 @@ def test_kernel_and_twin_are_within_their_budget(found: dict[str, Any], name: st
     assert case["values"] > 0
 
 
-def test_grid_is_as_wide_as_it_says(found: dict[str, Any]) -> None:
+def test_grid_is_as_wide_as_it_says(found: dict[str, Any], tally: Callable[[str], None]) -> None:
     assert set(found["cases"]) == set(cases())
-    assert len(found["cases"]) == 142
+    assert len(found["cases"]) == 178
+    kinds = ("tokens", "704", "352", "176", "96 experts", "160 experts", "top-", "filtered", "one ", "none ", "shared")
+    counts = {kind: sum(kind in name for name in found["cases"]) for kind in kinds}
+    assert min(counts.values()) >= 2, counts
+    tally(f"grouped products against fp64: {len(found['cases'])} cases: {counts}")
     # budgets are used, not so wide that anything passes
     assert max(case["down kernel"] for case in found["cases"].values()) > 0.5
 

@@ -14,9 +14,20 @@ from runtime.kernels.moe.configs import (
 )
 from runtime.moe.weights import ExpertScheme
 
-BF16, FP8, NVFP4 = ExpertScheme.BF16, ExpertScheme.FP8_CHANNEL, ExpertScheme.NVFP4
+BF16, FP8, FP8_BLOCK, NVFP4 = ExpertScheme.BF16, ExpertScheme.FP8_CHANNEL, ExpertScheme.FP8_BLOCK, ExpertScheme.NVFP4
 # rows per expert of GLM-4.6, 160 experts and 8 choices, for 1 to 16,384 tokens
 ROWS = [8 * 2**power / 160 for power in range(15)]
+# what a model can be planned with: schemes, whether inputs are codes that are multiplied with the weights', and GPUs
+PLANNED = [
+    (scheme, is_quantized, capability)
+    for is_quantized, schemes in (
+        (False, (BF16, FP8, FP8_BLOCK, ExpertScheme.INT8_CHANNEL, NVFP4)),
+        (True, (FP8, FP8_BLOCK, ExpertScheme.INT8_W8A8, NVFP4)),
+    )
+    for scheme in schemes
+    for capability in (HOPPER, BLACKWELL)
+    if (scheme, is_quantized, capability) != (NVFP4, True, HOPPER)
+]
 
 
 def chosen(scheme: ExpertScheme, rows: float, **options) -> Tiles:
@@ -67,13 +78,12 @@ def test_rows_that_cannot_be_described_are_read_by_pointers() -> None:
     assert not can_describe(FP8, 88)
 
 
-@pytest.mark.parametrize("capability", [HOPPER, BLACKWELL])
-@pytest.mark.parametrize("scheme", [BF16, FP8, ExpertScheme.FP8_BLOCK, NVFP4])
-def test_whatever_is_chosen_is_shipped(scheme: ExpertScheme, capability: int) -> None:
+@pytest.mark.parametrize(("scheme", "is_quantized", "capability"), PLANNED)
+def test_whatever_is_chosen_is_shipped(scheme: ExpertScheme, is_quantized: bool, capability: int) -> None:
     for rows in ROWS:
-        tiles = chosen(scheme, rows, capability=capability)
+        tiles = chosen(scheme, rows, capability=capability, is_quantized=is_quantized)
         for op, config in (("up", tiles.up), ("down", tiles.down)):
-            assert Shipped(op, scheme, False, capability, config) in SHIPPED, (rows, config)
+            assert Shipped(op, scheme, is_quantized, capability, config) in SHIPPED, (rows, config)
 
 
 def test_shipped_names_are_unique() -> None:

@@ -7,11 +7,12 @@ import pytest
 import torch
 
 from runtime.engine.request import SamplingParams
-from runtime.kernels.ops.paged_attention import tile
+from runtime.kernels.launch import Launch
+from runtime.kernels.ops.paged_attention import invariant_paged_attention, paged_attention, tile
 from runtime.kernels.twins.rms_norm import rms_norm
 from runtime.kernels.twins.sampling import philox_uniforms, sample
 from runtime.model.norm import RMSNorm
-from tests.runtime.kernels.ops import cases, normal
+from tests.runtime.kernels.ops import AttentionCase, cases, normal
 from tests.runtime.nucleus import nucleus
 
 
@@ -55,6 +56,33 @@ def test_an_invariant_tile_is_the_same_for_every_batch() -> None:
     assert len({tile(tokens, 12, is_invariant=True) for tokens in (1, 2, 17, 4096)}) == 1
 
 
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float8_e4m3fn])
+def test_invariant_attention_is_launched_alike_for_every_batch(monkeypatch: pytest.MonkeyPatch, stored) -> None:
+    """One program, compiled once: as many tokens and keys of a tile, and no runs; the free one has others."""
+    launched = list[Launch]()
+
+    def note(launch: Launch) -> tuple[torch.Tensor, ...]:
+        launched.append(launch)
+        return launch.outputs
+
+    monkeypatch.setattr(Launch, "run", note)
+    found = {}
+    for attend in (invariant_paged_attention, paged_attention):
+        launched.clear()
+        for new, lengths in (((1,), (70,)), ((17,), (70,)), ((1, 300), (9, 300)), ((1, 1), (640, 5))):
+            query, pages, batch = AttentionCase(torch.bfloat16, stored, new, lengths).inputs()
+            attend(query, pages, batch, run_tokens=512 if max(new) == 1 else 0)
+        # how many sequences there are says only how they are found
+        found[attend] = [
+            ({name: value for name, value in one.constants.items() if name != "SEQUENCES_PAD"}, one.num_warps)
+            for one in launched
+        ]
+    one, *others = found[invariant_paged_attention]
+    assert len(others) == 3
+    assert all(other == one for other in others)
+    assert any(other != found[paged_attention][0] for other in found[paged_attention])
+
+
 @pytest.mark.parametrize("logits_kind", ["normal", "ties"])
 @pytest.mark.parametrize(
     ("temperature", "top_k", "top_p"),
@@ -85,6 +113,26 @@ def test_without_temperature_the_lowest_of_the_most_likely_tokens_is_chosen() ->
     logits_BV = torch.tensor([[0.0, 2.0, 2.0], [-0.0, 0.0, -1.0], [1.0, float("nan"), 3.0]])
     off = torch.zeros(3)
     assert sample(logits_BV, off, off.int(), off + 1, off.double()).tolist() == [1, 0, -1]
+
+
+def test_choosing_the_most_likely_token_sorts_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    logits_BV = normal(1, 3, 5000).round()
+    logits_BV[:, [4200, 17, 4999]] = 9.0
+    off, expected = torch.zeros(3), logits_BV.sort(descending=True, stable=True).indices[:, 0]
+
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("sorted")
+
+    monkeypatch.setattr(torch.Tensor, "sort", refuse)
+    assert sample(logits_BV, off, off.int(), off + 1, off.double()).tolist() == expected.tolist() == [17] * 3
+    with pytest.raises(AssertionError, match="sorted"):
+        sample(logits_BV, off + 1, off.int(), off + 1, off.double())
+
+
+def test_a_row_without_temperature_is_chosen_beside_rows_with_one() -> None:
+    logits_BV = torch.tensor([[0.0, 2.0, 2.0], [0.0, 2.0, 2.0]])
+    temperature, off = torch.tensor([0.0, 1.0]), torch.zeros(2)
+    assert sample(logits_BV, temperature, off.int(), off + 1, torch.full((2,), 0.99).double()).tolist() == [1, 2]
 
 
 def test_random_numbers_are_philox() -> None:
