@@ -75,8 +75,8 @@ Examples:
     type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
     default="auto",
     show_default=True,
-    help="Of compute; auto takes the checkpoint's own, but float32 for float16, whose values end at 65,504: logits that "
-    "are not finite are refused. Router, norms and softmax are float32 in any case.",
+    help="Of compute; auto takes the checkpoint's own, but float32 for float16, whose values end at 65,504: logits "
+    "that are not finite are refused. Router, norms and softmax are float32 in any case.",
 )
 @device_option
 @click.option(
