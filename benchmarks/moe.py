@@ -7,10 +7,11 @@ Needs a CUDA GPU, and no network: wheels of others that were brought along, inst
 
     pip install --no-deps --target FOLDER liger-kernel==0.8.5 sglang==0.5.10
 
-Each result is first held against an fp32 reference on the batch that is timed: of one that is wrong the error is
-reported, and no time. Every stage ends in time, and what did not fit is named. `--dry-run` goes through all of it on
-the CPU with a tiny layer: what is checked is checked, what is timed is marked as not measured. Writes moe.json and
-moe.svg, after each stage anew.
+Each result is first held against an fp32 reference on all batches that are timed, and what a graph leaves behind once
+more: of one that is wrong the error is reported, and no time. One and two tokens go round copies of the layer, so that
+what all of them read comes from memory. Every stage ends in time, and what did not fit is named. `--dry-run` goes
+through all of it on the CPU with a tiny layer: what is checked is checked, what is timed is marked as not measured.
+Writes moe.json and moe.svg, after each stage anew.
 """
 
 import argparse
@@ -27,6 +28,7 @@ from benchmarks.measure import write_result
 from benchmarks.moe_chart import roofline_svg
 from benchmarks.moe_compile import cases, compile_all
 from benchmarks.moe_extras import determinism, shared_expert
+from benchmarks.moe_inductor import measure_compiled
 from benchmarks.moe_run import KINDS, Run
 from benchmarks.moe_timing import FAILURES, LIMITS, Deadline, floors, reason
 from runtime.kernels.moe.configs import HOPPER
@@ -71,7 +73,9 @@ def with_shares(points: list[dict[str, Any]], limits: dict[str, float | None]) -
         time_us = row.get("time", {}).get("median_us")
         if time_us is None or read is None or flop is None:
             continue
-        least_s = max(row["least_bytes"] / read, row["flop"] / (flop * row["flop_speedup"]))
+        is_fp8 = row["flop_speedup"] > 1 and row["scheme"].startswith("fp8")
+        rate = (limits.get("fp8_flop_per_s") if is_fp8 else None) or flop * row["flop_speedup"]
+        least_s = max(row["least_bytes"] / read, row["flop"] / rate)
         row["share_of_floor"], row["tflop_per_s"] = least_s * 1e6 / time_us, row["flop"] / time_us / 1e6
 
 
@@ -82,6 +86,7 @@ def stages(run: Run) -> dict[str, Callable[[], Any]]:
         "compiled": lambda: compiled(run),
         "own": run.measure_own,
         "peers": run.measure_peers,
+        "compiled_peer": lambda: measure_compiled(run),
         "shared_expert_fused": lambda: shared_expert(run),
         "determinism": lambda: determinism(run),
         "routings": run.measure_routings,
@@ -104,6 +109,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     run = Run(shape, tokens, device, Deadline(args.seconds))
     if args.dry_run:
         run.num_batches = DRY_BATCHES
+        # less than an expert: several layers in turn
+        run.l2_bytes = shape.expert_weights
     result: dict[str, Any] = {"is_measured": not args.dry_run, "environment": facts(device)}
     result |= {"limits": dict.fromkeys(LIMITS), "stages": {}, "failed": {}}
     result["shape"] = {"name": "tiny" if args.dry_run else args.shape, "experts": shape.num_experts}

@@ -1,6 +1,6 @@
 """What each backend does for one MoE layer at real sizes: counted on tensors without memory, for a drawn routing."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import Any
 
@@ -26,6 +26,7 @@ from runtime.moe.plan import BATCHED, CUTLASS, TRITON, VANILLA
 from runtime.moe.weights import ExpertScheme, ExpertWeights, Packed
 from runtime.moe.workspace import Workspace
 
+SLOT, APART = "slot", "apart"
 META, BF16 = torch.device("meta"), torch.bfloat16
 # rows of a tile of the grouped product on Hopper; which one it takes is not for us to know
 CUTLASS_ROWS = 64
@@ -37,6 +38,7 @@ class Row:
 
     Args:
         backend: whose.
+        shared_expert: a slot of each token, or products of its own behind the routed ones.
         tokens: M.
         distinct_experts: routed ones that the drawn routing touches.
         launches: operations or kernels.
@@ -48,6 +50,7 @@ class Row:
     """
 
     backend: str
+    shared_expert: str
     tokens: int
     distinct_experts: int
     launches: int
@@ -67,16 +70,22 @@ class Layer:
 
     @property
     def ids(self) -> torch.Tensor:
-        """Drawn ids (T, K), the shared expert last; the same each time."""
+        """Drawn ids (T, K), a shared expert last; the same each time."""
         shape, generator = self.shape, torch.Generator().manual_seed(0)
         chance = torch.ones(self.num_tokens, shape.num_routed)
         ids = torch.multinomial(chance, shape.num_chosen, generator=generator)
-        return torch.cat((ids, torch.full((self.num_tokens, 1), shape.num_routed)), 1).to(torch.int32)
+        shared = torch.full((self.num_tokens, shape.num_shared), shape.num_routed)
+        return torch.cat((ids, shared), 1).to(torch.int32)
 
     @property
     def num_distinct(self) -> int:
         """Routed experts that are touched."""
-        return len(self.ids[:, :-1].unique())
+        return len(self.ids[:, : self.shape.num_chosen].unique())
+
+    @property
+    def routed(self) -> "Layer":
+        """The same without its shared expert."""
+        return Layer(replace(self.shape, num_shared=0), self.num_tokens)
 
     @property
     def hidden(self) -> torch.Tensor:
@@ -120,7 +129,7 @@ def count_vanilla(layer: Layer) -> Counts:
     """Return what an expert after the other does for the drawn routing, and then the shared one."""
     shape, hidden = layer.shape, layer.hidden
     expert = one_expert(shape.hidden_size, shape.intermediate_size)
-    ids = layer.ids[:, :-1].long().contiguous()
+    ids = layer.routed.ids.long()
     weights = torch.empty(layer.num_tokens, shape.num_chosen, device=META)
 
     def run() -> torch.Tensor:
@@ -133,6 +142,18 @@ def count_vanilla(layer: Layer) -> Counts:
     # `tolist` is no operation that could be counted
     found.waits += 1
     return found
+
+
+def count_shared(layer: Layer) -> Counts:
+    """Return what a shared expert by itself does, and its sum with the routed ones."""
+    expert, hidden = one_expert(layer.shape.hidden_size, layer.shape.intermediate_size), layer.hidden
+    workspace, out, total = Workspace(META), torch.empty_like(hidden), torch.empty_like(hidden)
+
+    def run() -> None:
+        expert.forward_into(hidden, workspace, out)
+        total.add_(out)
+
+    return count(run)
 
 
 def fused_launches(layer: Layer) -> list[Launch]:
@@ -166,11 +187,11 @@ def _never(*args: Any, **kwargs: Any) -> Any:
     raise AssertionError("this step is not counted here")
 
 
-def fused_row(layer: Layer) -> Row:
-    """Return the triton backend: launches from its kernels, bytes by what each reads and writes once."""
+def count_fused(layer: Layer) -> tuple[Counts, float]:
+    """Return the triton backend, bytes by what each kernel reads and writes once, and the rows that it computes."""
     shape, num_tokens = layer.shape, layer.num_tokens
-    kernels = [launch.kernel.__name__ for launch in fused_launches(layer)]
-    is_gemv = len(kernels) == 2
+    num_launches = len(fused_launches(layer))
+    is_gemv = num_launches == 2
     num_slots = num_tokens * shape.num_slots
     # the results of slots, written and read again, where they do not stay in registers
     results = 0 if is_gemv else 2 * num_slots * shape.hidden_size * 2
@@ -178,9 +199,8 @@ def fused_row(layer: Layer) -> Row:
         ExpertScheme.BF16, 90, num_tokens * shape.num_chosen / shape.num_routed,
         hidden_size=shape.hidden_size, intermediate_size=shape.intermediate_size,
     )  # fmt: skip
-    padding = 1.0 if is_gemv else padded_rows(layer, tiles.block_m) / num_slots
-    least = drawn_floor(layer)
-    return Row(TRITON, num_tokens, layer.num_distinct, len(kernels), 2, 0, least + results, least, padding)
+    found = Counts(num_launches, 2, 0, drawn_floor(layer) + results)
+    return found, num_slots if is_gemv else padded_rows(layer, tiles.block_m)
 
 
 def drawn_floor(layer: Layer) -> float:
@@ -197,20 +217,32 @@ def padded_rows(layer: Layer, block_m: int) -> int:
 
 
 def rows(shape: LayerShape, num_tokens: int) -> list[Row]:
-    """Return all backends at a number of tokens."""
+    """Return all backends at a number of tokens, with the shared expert as a slot, where they can, and apart."""
     layer = Layer(shape, num_tokens)
-    num_slots, found = num_tokens * shape.num_slots, []
-    batched = products(BATCHED, shape, ExpertScheme.BF16, num_tokens, block_rows(layer.slots))
-    computed = {
-        VANILLA: (count_vanilla(layer), num_slots),
-        BATCHED: (count_backend(BatchedExperts(), layer), batched.rows),
-        CUTLASS: (count_backend(CutlassExperts(), layer), padded_rows(layer, CUTLASS_ROWS)),
-    }  # fmt: skip
-    for backend, (counts, num_rows) in computed.items():
-        found.append(
-            Row(
-                backend, num_tokens, layer.num_distinct, counts.launches, counts.products, counts.waits,
-                counts.num_bytes, drawn_floor(layer), num_rows / num_slots,
-            )
+    found = [_row(VANILLA, APART, layer, count_vanilla(layer), num_tokens * shape.num_slots)]
+    shared = count_shared(layer)
+    for backend, counted in (BATCHED, _batched), (CUTLASS, _cutlass), (TRITON, count_fused):
+        found.append(_row(backend, SLOT, layer, *counted(layer)))
+        counts, num_rows = counted(layer.routed)
+        both = Counts(
+            counts.launches + shared.launches, counts.products + shared.products,
+            counts.waits + shared.waits, counts.num_bytes + shared.num_bytes,
         )  # fmt: skip
-    return [*found, fused_row(layer)]
+        found.append(_row(backend, APART, layer, both, num_rows + num_tokens))
+    return found
+
+
+def _batched(layer: Layer) -> tuple[Counts, float]:
+    computed = products(BATCHED, layer.shape, ExpertScheme.BF16, layer.num_tokens, block_rows(layer.slots))
+    return count_backend(BatchedExperts(), layer), computed.rows
+
+
+def _cutlass(layer: Layer) -> tuple[Counts, float]:
+    return count_backend(CutlassExperts(), layer), padded_rows(layer, CUTLASS_ROWS)
+
+
+def _row(backend: str, shared_expert: str, layer: Layer, counts: Counts, num_rows: float) -> Row:
+    return Row(
+        backend, shared_expert, layer.num_tokens, layer.num_distinct, counts.launches, counts.products, counts.waits,
+        counts.num_bytes, drawn_floor(layer), num_rows / (layer.num_tokens * layer.shape.num_slots),
+    )  # fmt: skip

@@ -17,11 +17,11 @@ import torch
 
 from benchmarks.moe_layers import Batch, make_experts
 from benchmarks.moe_timing import FAILURES, reason
+from benchmarks.moe_variants import FixedTiles, tiles_of
 from runtime.kernels.launch import Launch
-from runtime.kernels.moe.configs import HOPPER, Tiles, choose
+from runtime.kernels.moe.configs import Tiles
 from runtime.moe.cost import LayerShape
 from runtime.moe.dispatcher import Slots
-from runtime.moe.fused import FusedExperts
 from runtime.moe.fused_ops import FusedOps
 from runtime.moe.weights import BLOCK, GROUP, ExpertScheme, ExpertWeights, Packed
 from runtime.moe.workspace import Workspace
@@ -31,25 +31,33 @@ META = torch.device("meta")
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """A layer and a number of tokens that take tiles of their own."""
+    """A layer and a number of tokens that take tiles of their own.
+
+    Args:
+        shape: of the layer.
+        scheme: of its weights.
+        is_quantized: inputs are codes.
+        is_batch_invariant: tiles are those for any number of tokens.
+        num_tokens: of a batch.
+        given: tiles instead of those that are chosen.
+    """
 
     shape: LayerShape
     scheme: ExpertScheme
     is_quantized: bool
     is_batch_invariant: bool
     num_tokens: int
+    given: Tiles | None = None
 
     @property
     def tiles(self) -> Tiles:
         """What our kernels take."""
-        return choose(
+        return self.given or tiles_of(
+            self.shape,
             self.scheme,
-            HOPPER,
-            self.num_tokens * self.shape.num_chosen / self.shape.num_routed,
-            hidden_size=self.shape.hidden_size,
-            intermediate_size=self.shape.intermediate_size,
+            self.num_tokens,
             is_quantized=self.is_quantized,
-            batch_invariant=self.is_batch_invariant,
+            is_batch_invariant=self.is_batch_invariant,
         )
 
 
@@ -108,7 +116,7 @@ def compile_case(case: Case) -> tuple[int, str]:
         return launch.outputs
 
     batch, experts = blank_batch(case.shape, case.num_tokens), blank_layer(case.shape, case.scheme)
-    fused = FusedExperts(FusedOps.of_kernels(), is_batch_invariant=case.is_batch_invariant)
+    fused = FixedTiles(FusedOps.of_kernels(), tiles=case.tiles)
     local = make_experts(experts, is_quantized=case.is_quantized)
     with patch.object(Launch, "run", warm_up):
         try:

@@ -1,55 +1,124 @@
 """What is measured besides the main table: the shared expert as a slot or apart, and whether results repeat."""
 
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 
-from benchmarks.moe_layers import MAX_ERROR, Batch, make_batch, make_experts, make_layer, relative_error
-from benchmarks.moe_peers import Candidate, ours
-from benchmarks.moe_run import KINDS, POINT_S, Run, batches_of
+from benchmarks.moe_cold import COLD_TOKENS
+from benchmarks.moe_layers import (
+    MAX_CODES_ERROR,
+    MAX_ERROR,
+    Batch,
+    make_batch,
+    make_experts,
+    make_layer,
+)
+from benchmarks.moe_peers import Candidate, in_turn, ours
+from benchmarks.moe_run import KINDS, POINT_S, Run, batches_of, error_of, is_right, kind_name, worst_error
 from benchmarks.moe_timing import time_in_turn
-from runtime.moe.weights import ExpertScheme
+from runtime.moe.dispatcher import Slots
+from runtime.moe.experts import LocalExperts
+from runtime.moe.weights import ExpertWeights, Packed
 
-SHARED_END, DETERMINISM_END = 0.83, 0.88
+SHARED_END, DETERMINISM_END = 0.87, 0.91
 REPEATS, BATCH_SIZES = 100, (2, 17, 256, 4096)
 DRY_REPEATS, DRY_BATCH_SIZES = 2, BATCH_SIZES[:2]
 
 
 def shared_expert(run: Run) -> list[dict[str, Any]]:
-    """Return times with the shared expert as a slot, and as products of its own behind the routed ones.
+    """Return times with the shared expert as a slot, and apart behind the routed ones, in each scheme.
 
     Where the two differ there is the error, and no time.
     """
-    weights = make_layer(run.shape, ExpertScheme.BF16, run.device)
-    fused = next(ours(make_experts(weights, is_quantized=False), run.device))
-    until, rows = run.deadline.part(SHARED_END), []
-    for num_tokens in run.tokens[::2]:
-        if not until.has(POINT_S):
-            run.left_out.append(f"shared expert, {num_tokens} tokens")
-            continue
-        batches = list(batches_of(run, num_tokens))
-        works = {
-            "on": (lambda number, batches=batches: fused.run(batches[number]), True),
-            "off": (lambda number, batches=batches: separate(fused, batches[number], weights), True),
-        }
-        expected, found = works["on"][0](0), works["off"][0](0)
-        error = relative_error(found, expected.float())
-        timings = time_in_turn(works, run.num_batches, run.device) if error < MAX_ERROR else {}
-        for name in works:
-            row = {"tokens": num_tokens, "fused": name, "relative_error": error}
-            rows.append(row | ({"time": timings[name].as_dict()} if name in timings else {}))
+    rows = []
+    for scheme, is_quantized in KINDS:
+        experts = make_experts(make_layer(run.shape, scheme, run.device), is_quantized=is_quantized)
+        rows += _shared_expert(run, experts)
     return rows
 
 
-def separate(candidate: Candidate, batch: Batch, weights: Any) -> torch.Tensor:
-    """Return what a candidate makes of the routed slots, plus a shared expert that is computed by itself."""
-    slots, num_shared = batch.slots, batch.slots.num_shared
-    filtered = slots.ids_TK.clone()
-    filtered[:, -num_shared:] = -1
-    routed = Batch(batch.hidden_TH, type(slots)(filtered, slots.weights_TK, slots.num_experts, num_shared))
-    gate_up = torch.nn.functional.linear(batch.hidden_TH, weights.up.codes[-1])
-    active = torch.nn.functional.silu(gate_up[:, 0::2]) * gate_up[:, 1::2]
-    return candidate.run(routed) + torch.nn.functional.linear(active, weights.down.codes[-1])
+def _shared_expert(run: Run, experts: LocalExperts) -> list[dict[str, Any]]:
+    until, rows = run.deadline.part(SHARED_END), []
+    kind = {"scheme": str(experts.weights.scheme), "inputs_as_codes": experts.multiplies_codes}
+    limit = MAX_CODES_ERROR if experts.multiplies_codes else MAX_ERROR
+    for num_tokens in run.tokens[:: 2 if experts.weights.scheme.is_plain else 4]:
+        if not until.has(POINT_S):
+            run.left_out.append(f"shared expert, {kind_name(experts)}, {num_tokens} tokens")
+            continue
+        batches = list(batches_of(run, num_tokens))
+        layers = run.copies(experts) if num_tokens <= COLD_TOKENS else [experts]
+        ways = in_turn([both_ways(layer, run.device) for layer in layers])
+        rows += _compared(run, ways, batches, limit, {**kind, "tokens": num_tokens, "layers_in_turn": len(layers)})
+        del layers, ways
+        run.free()
+    return rows
+
+
+def _compared(
+    run: Run, ways: list[Candidate], batches: list[Batch], limit: float, common: dict[str, Any]
+) -> list[dict[str, Any]]:
+    """Return a row for each way, timed if it agrees with the first on all inputs."""
+    works, num_inputs = {one.name: (one.on(batches), True) for one in ways}, ways[0].num_inputs(batches)
+    expected = [ways[0].run(batch).float() for batch in batches]
+    all_rows = slice(None)
+
+    def error(number: int, found: torch.Tensor) -> float | str:
+        return error_of(found, all_rows, expected[number % len(batches)])
+
+    errors = {name: worst_error(work, num_inputs, error) for name, (work, _) in works.items()}
+    timings = {}
+    if all(is_right(found, limit) for found in errors.values()):
+        timings = time_in_turn(
+            works, num_inputs, run.device, lambda number, found: is_right(error(number, found), limit)
+        )
+    rows = []
+    for name, found in errors.items():
+        row = common | {"fused": name, "relative_error": found}
+        rows.append(row | ({"time": timings[name].as_dict()} if name in timings else {}))
+    return rows
+
+
+def both_ways(experts: LocalExperts, device: torch.device) -> list[Candidate]:
+    """Return the shared expert as a slot ("on") and apart ("off")."""
+    return [Candidate("on", next(ours(experts, device)).run), Candidate("off", apart(experts, device))]
+
+
+def apart(experts: LocalExperts, device: torch.device) -> Callable[[Batch], torch.Tensor]:
+    """Return what computes the routed slots by our kernels, and the shared expert behind them.
+
+    Plain weights of it are multiplied by torch, codes by our kernels in launches of their own.
+    """
+    routed, weights = next(ours(experts, device)), experts.weights
+    alone = next(ours(replace(experts, weights=only_shared(weights)), device))
+
+    def shared(hidden_TH: torch.Tensor) -> torch.Tensor:
+        if not weights.scheme.is_plain:
+            ids_T1 = torch.zeros(len(hidden_TH), 1, dtype=torch.int32, device=device)
+            return alone.run(Batch(hidden_TH, Slots(ids_T1, torch.ones(ids_T1.shape, device=device), 1, 0)))
+        gate_up = torch.nn.functional.linear(hidden_TH, weights.up.codes[-1])
+        active = torch.nn.functional.silu(gate_up[:, 0::2]) * gate_up[:, 1::2]
+        return torch.nn.functional.linear(active, weights.down.codes[-1])
+
+    def run(batch: Batch) -> torch.Tensor:
+        ids_TK = batch.slots.ids_TK.clone()
+        ids_TK[:, -batch.slots.num_shared :] = -1
+        return routed.run(Batch(batch.hidden_TH, replace(batch.slots, ids_TK=ids_TK))) + shared(batch.hidden_TH)
+
+    return run
+
+
+def only_shared(weights: ExpertWeights) -> ExpertWeights:
+    """Return the shared expert as a layer of one routed expert."""
+
+    def last(packed: Packed) -> Packed:
+        parts = (packed.codes, packed.scales, packed.global_scale)
+        codes, scales, global_scale = (None if part is None else part[-1:] for part in parts)
+        assert codes is not None
+        return Packed(codes, scales, global_scale)
+
+    return replace(weights, up=last(weights.up), down=last(weights.down), num_routed=1, num_shared=0)
 
 
 def determinism(run: Run) -> list[dict[str, Any]]:

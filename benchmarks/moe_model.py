@@ -62,14 +62,15 @@ def model() -> dict[str, Any]:
 def backends_table(found: dict[str, Any]) -> str:
     """Return backends by tokens."""
     head = (
-        "tokens", "backend", "launches", "of them products", "host waits", "MB moved", "times the floor",
-        "rows computed per useful row",
+        "tokens", "backend", "shared expert", "launches", "of them products", "host waits", "MB moved",
+        "times the floor", "rows computed per useful row",
     )  # fmt: skip
     made = []
     for row in found["backends"]:
         times = row["num_bytes"] / row["floor_bytes"]
         cells = (row["launches"], row["products"], row["waits"], f"{row['num_bytes'] / 1e6:,.0f}", f"{times:.2f}")
-        made.append((str(row["tokens"]), f"`{row['backend']}`", *map(str, cells), f"{row['padding']:.2f}"))
+        names = (str(row["tokens"]), f"`{row['backend']}`", row["shared_expert"])
+        made.append((*names, *map(str, cells), f"{row['padding']:.2f}"))
     return table(head, made)
 
 

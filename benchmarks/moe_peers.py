@@ -6,8 +6,8 @@ reported as absent. Wheels that were brought along are found through PYTHONPATH.
 
 import importlib.util
 import os
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -48,6 +48,8 @@ class Candidate:
         is_graphable: never makes the host wait, so that a CUDA graph can hold it.
         max_tokens: beyond, it is not run.
         version: of the package, and how it was set up.
+        others: the same on copies of the layer.
+        is_compiled: as a whole, so that there are no operations to count.
     """
 
     name: str
@@ -56,6 +58,22 @@ class Candidate:
     is_graphable: bool = True
     max_tokens: int | None = None
     version: str = ""
+    others: tuple[Callable[[Batch], torch.Tensor], ...] = ()
+    is_compiled: bool = False
+
+    def on(self, batches: Sequence[Batch]) -> Callable[[int], torch.Tensor]:
+        """Return what runs the input of a number: batches in turn, copies of the layer in turn."""
+        runs = (self.run, *self.others)
+        return lambda number: runs[number % len(runs)](batches[number % len(batches)])
+
+    def num_inputs(self, batches: Sequence[Batch]) -> int:
+        """Return how many inputs there are until each batch and each copy has had its turn."""
+        return max(len(batches), 1 + len(self.others))
+
+
+def in_turn(copies: Sequence[Sequence[Candidate]]) -> list[Candidate]:
+    """Return candidates for copies of one layer as candidates that take one copy after the other."""
+    return [replace(first, others=tuple(one.run for one in rest)) for first, *rest in zip(*copies, strict=True)]
 
 
 def ours(experts: LocalExperts, device: torch.device) -> Iterator[Candidate]:
@@ -63,17 +81,17 @@ def ours(experts: LocalExperts, device: torch.device) -> Iterator[Candidate]:
     is_cuda = device.type == "cuda"
     ops = FusedOps.of_kernels() if is_cuda else FusedOps.of_twins()
     note = "kernels" if is_cuda else "torch twins of the kernels"
-    yield _ours("triton", FusedExperts(ops), experts, device, note=note)
-    yield _ours("triton, batch-invariant", FusedExperts(ops, is_batch_invariant=True), experts, device, note=note)
+    yield of_backend("triton", FusedExperts(ops), experts, device, note=note)
+    yield of_backend("triton, batch-invariant", FusedExperts(ops, is_batch_invariant=True), experts, device, note=note)
     scheme = experts.weights.scheme
     if scheme is ExpertScheme.BF16 or (scheme is ExpertScheme.FP8_CHANNEL and experts.multiplies_codes):
         name = "torch.nn.functional.grouped_mm" if hasattr(F, "grouped_mm") else "torch._grouped_mm"
-        yield _ours("cutlass", CutlassExperts(), experts, device, note=name)
+        yield of_backend("cutlass", CutlassExperts(), experts, device, note=name)
     if scheme is ExpertScheme.BF16:
-        yield _ours("batched", BatchedExperts(), experts, device, max_tokens=BATCHED_TOKENS)
+        yield of_backend("batched", BatchedExperts(), experts, device, max_tokens=BATCHED_TOKENS)
 
 
-def _ours(
+def of_backend(
     name: str,
     backend: Any,
     experts: LocalExperts,
@@ -82,6 +100,7 @@ def _ours(
     note: str = "",
     max_tokens: int | None = None,
 ) -> Candidate:
+    """Return one of our backends, with a workspace of its own."""
     workspace = Workspace(device)
 
     def run(batch: Batch) -> torch.Tensor:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.moe_cold import COLD_TOKENS, copies_of, l2_bytes
 from benchmarks.moe_counts import count
 from benchmarks.moe_layers import (
     MAX_CODES_ERROR,
@@ -25,7 +26,7 @@ from benchmarks.moe_layers import (
     reference,
     relative_error,
 )
-from benchmarks.moe_peers import Candidate, ours, peers
+from benchmarks.moe_peers import Candidate, in_turn, ours, peers
 from benchmarks.moe_timing import FAILURES, Deadline, profiled_launches, reason, time_in_turn
 from runtime.moe.cost import LayerShape, floor, touched_bytes
 from runtime.moe.experts import LocalExperts
@@ -46,7 +47,7 @@ BATCHES = 4
 # what a point may take, of which nothing is known yet; and how much longer the next larger one may
 POINT_S, GROWTH = 4.0, 2.5
 # of the time of a run, when each stage is over
-OWN_END, PEERS_END, ROUTINGS_END = 0.50, 0.78, 0.95
+OWN_END, PEERS_END, ROUTINGS_END = 0.48, 0.70, 0.96
 EAGER = ", without a graph"
 # of those that no graph holds, launches are counted for so many
 COUNTED_TOKENS = (1, 16, 256)
@@ -54,13 +55,18 @@ COUNTED_TOKENS = (1, 16, 256)
 
 @dataclass(slots=True)
 class Run:
-    """One run of the benchmark: what it measures with, and what it found."""
+    """One run of the benchmark: what it measures with, and what it found.
+
+    Args:
+        l2_bytes: of the cache that a few tokens must not find weights in; None: the device's.
+    """
 
     shape: LayerShape
     tokens: Sequence[int]
     device: torch.device
     deadline: Deadline
     num_batches: int = BATCHES
+    l2_bytes: int | None = None
     points: list[dict[str, Any]] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
     absent: dict[str, str] = field(default_factory=dict)
@@ -70,23 +76,25 @@ class Run:
         until = self.deadline.part(OWN_END)
         for scheme, is_quantized in KINDS:
             experts = make_experts(make_layer(self.shape, scheme, self.device), is_quantized=is_quantized)
-            candidates = list(ours(experts, self.device))
-            self._series(experts, candidates, (("uniform", size) for size in self.tokens), until)
-            del experts, candidates
-            self._free()
+            self._sizes(experts, self._ours, [("uniform", size) for size in self.tokens], until)
+            del experts
+            self.free()
 
     def measure_peers(self) -> None:
         """Fill in points of everybody for bf16, with and without graphs."""
-        weights = make_layer(self.shape, ExpertScheme.BF16, self.device)
-        experts = make_experts(weights, is_quantized=False)
-        others, self.absent = peers(weights)
-        candidates = [*ours(experts, self.device), *others]
+        experts = make_experts(make_layer(self.shape, ExpertScheme.BF16, self.device), is_quantized=False)
+
+        def everybody(one: LocalExperts) -> list[Candidate]:
+            others, absent = peers(one.weights)
+            self.absent |= absent
+            return [*self._ours(one), *others]
+
         until, first = self.deadline.part(PEERS_END), len(self.points)
-        self._series(experts, candidates, (("uniform", size) for size in self.tokens), until, is_beside=True)
+        self._sizes(experts, everybody, [("uniform", size) for size in self.tokens], until, is_beside=True)
         for row in self.points[first:]:
             row["beside_peers"] = True
-        del weights, experts, others, candidates
-        self._free()
+        del experts
+        self.free()
 
     def measure_routings(self) -> None:
         """Fill in points of our backends where some experts have far more rows than others."""
@@ -94,10 +102,10 @@ class Run:
         for scheme, is_quantized in KINDS:
             experts = make_experts(make_layer(self.shape, scheme, self.device), is_quantized=is_quantized)
             step = 2 if scheme is ExpertScheme.BF16 else 4
-            sizes = ((routing, size) for routing in ROUTINGS[1:] for size in self.tokens[::step])
-            self._series(experts, list(ours(experts, self.device)), sizes, until)
+            sizes = [(routing, size) for routing in ROUTINGS[1:] for size in self.tokens[::step]]
+            self._sizes(experts, self._ours, sizes, until)
             del experts
-            self._free()
+            self.free()
 
     def count_launches(self) -> dict[str, dict[int, int | str | None]]:
         """Return launches by candidate and tokens of those that no graph holds; see `profiled_launches`."""
@@ -121,6 +129,34 @@ class Run:
         except FAILURES as error:
             return reason(error)
 
+    def copies(self, experts: LocalExperts) -> list[LocalExperts]:
+        """Return a layer and copies of it, for few tokens: as many as no cache holds the shared experts of."""
+        size = l2_bytes(self.device) if self.l2_bytes is None else self.l2_bytes
+        return copies_of(experts, self.shape, size)
+
+    def _ours(self, experts: LocalExperts) -> list[Candidate]:
+        return list(ours(experts, self.device))
+
+    def _sizes(
+        self,
+        experts: LocalExperts,
+        make: Callable[[LocalExperts], list[Candidate]],
+        sizes: Sequence[tuple[str, int]],
+        until: Deadline,
+        *,
+        is_beside: bool = False,
+    ) -> None:
+        """Measure routings and tokens; of a few tokens on copies of the layer in turn."""
+        candidates = make(experts)
+        few = [size for size in sizes if size[1] <= COLD_TOKENS]
+        if few and until.has(POINT_S):
+            others = [make(copy) for copy in self.copies(experts)[1:]]
+            self._series(experts, in_turn([candidates, *others]), few, until, is_beside=is_beside)
+            sizes = [size for size in sizes if size not in few]
+            del others
+            self.free()
+        self._series(experts, candidates, sizes, until, is_beside=is_beside)
+
     def _series(
         self,
         experts: LocalExperts,
@@ -142,7 +178,7 @@ class Run:
             self.points += self.point(experts, candidates, routing, num_tokens, is_beside=is_beside)
             expected_s = max(POINT_S, GROWTH * (time.monotonic() - start))
 
-    def _free(self) -> None:
+    def free(self) -> None:
         """Give memory back: what is left of a layer has no room beside the next one."""
         gc.collect()
         if self.device.type == "cuda":
@@ -168,24 +204,32 @@ class Run:
         """
         batches = [make_batch(self.shape, num_tokens, routing, self.device, seed) for seed in range(self.num_batches)]
         running = [one for one in candidates if one.max_tokens is None or num_tokens <= one.max_tokens]
-        chosen = checked_rows(num_tokens, self.device)
-        expected = reference(batches[0], experts, chosen)
-        errors = {one.name: error_of(one, batches[0], chosen, expected) for one in running}
+        chosen, num_inputs = checked_rows(num_tokens, self.device), candidates[0].num_inputs(batches)
+        expected = [reference(batch, experts, chosen) for batch in batches]
+
+        def error(number: int, found: torch.Tensor) -> float | str:
+            return error_of(found, chosen, expected[number % len(batches)])
+
+        errors = {one.name: worst_error(one.on(batches), num_inputs, error) for one in running}
         limit = MAX_CODES_ERROR if experts.multiplies_codes else MAX_ERROR
-        right = [one for one in running if is_right(errors[one.name], limit)]
-        works = {one.name: (on_batches(one, batches), one.is_graphable) for one in right}
+        works = {one.name: (one.on(batches), one.is_graphable) for one in running if is_right(errors[one.name], limit)}
         if is_beside:
             works |= {f"{name}{EAGER}": (work, False) for name, (work, is_graph) in works.items() if is_graph}
-        timings = time_in_turn(works, len(batches), self.device)
+        timings = time_in_turn(
+            works, num_inputs, self.device, lambda number, found: is_right(error(number, found), limit)
+        )
         common, rows = self._facts(experts, batches, routing), []
         for one in running:
             row = {"candidate": one.name, "is_ours": one.is_ours, "version": one.version, **common}
+            row |= {"layers_in_turn": 1 + len(one.others), "checked_inputs": num_inputs}
             row |= {"relative_error": errors[one.name], "is_right": is_right(errors[one.name], limit)}
             if one.name in timings:
+                row["is_right"] = not timings[one.name].is_wrong
                 row["time"] = timings[one.name].as_dict()
                 if f"{one.name}{EAGER}" in timings:
                     row["time_without_graph"] = timings[f"{one.name}{EAGER}"].as_dict()
-                row["operations"] = count(lambda one=one: one.run(batches[0])).launches
+                if not one.is_compiled:
+                    row["operations"] = count(lambda one=one: one.run(batches[0])).launches
             rows.append(row)
         return rows
 
@@ -214,20 +258,25 @@ def kind_name(experts: LocalExperts) -> str:
     return f"{experts.weights.scheme}{', inputs as codes' if experts.multiplies_codes else ''}"
 
 
-def on_batches(candidate: Candidate, batches: Sequence[Batch]) -> Callable[[int], torch.Tensor]:
-    """Return what runs a candidate on the batch of a number."""
-    return lambda number: candidate.run(batches[number])
+def worst_error(
+    work: Callable[[int], torch.Tensor], num_inputs: int, error: Callable[[int, torch.Tensor], float | str]
+) -> float | str:
+    """Return the largest error of all inputs, or why one has none."""
+    worst = 0.0
+    for number in range(num_inputs):
+        try:
+            found = error(number, work(number))
+        except FAILURES as failure:
+            return reason(failure)
+        if isinstance(found, str):
+            return found
+        worst = max(worst, found)
+    return worst
 
 
-def error_of(candidate: Candidate, batch: Batch, chosen: torch.Tensor, expected: torch.Tensor) -> float | str:
-    """Return how far a result is from the reference on the chosen rows, or why there is none."""
-    try:
-        found = candidate.run(batch)
-    except FAILURES as error:
-        return reason(error)
-    if not bool(torch.isfinite(found).all()):
-        return "not finite"
-    return relative_error(found[chosen], expected)
+def error_of(found_TH: torch.Tensor, chosen_R: torch.Tensor | slice, expected_RH: torch.Tensor) -> float | str:
+    """Return how far a result is from the reference on the chosen rows, or that it is none."""
+    return relative_error(found_TH[chosen_R], expected_RH) if bool(torch.isfinite(found_TH).all()) else "not finite"
 
 
 def expected_touched(shape: LayerShape, num_tokens: int) -> float:

@@ -13,10 +13,11 @@ from benchmarks import moe
 from benchmarks.moe_chart import roofline_svg, y_of
 from benchmarks.moe_compile import blank_layer, cases
 from benchmarks.moe_counts import count
+from benchmarks.moe_inductor import DRY_SIZES, NAME
 from benchmarks.moe_layers import ROUTINGS, Batch, make_batch, make_experts, make_layer
 from benchmarks.moe_peers import Candidate, loop, ours
 from benchmarks.moe_run import KINDS, Run
-from benchmarks.moe_timing import LIMITS, Deadline
+from benchmarks.moe_timing import LIMITS, Deadline, product_of_codes
 from runtime.moe import cost
 from runtime.moe.cost import H200, SHAPES, LayerShape
 from runtime.moe.plan import BATCHED
@@ -48,7 +49,16 @@ def test_a_dry_run_checks_everything_and_measures_nothing(dry: dict[str, Any]) -
         row["candidate"] for row in points
     }
     assert "Liger-Kernel" in dry["absent"]
-    assert {row["fused"] for row in dry["shared_expert_fused"]} == {"on", "off"}
+    fused = {(row["scheme"], row["inputs_as_codes"], row["fused"]) for row in dry["shared_expert_fused"]}
+    assert fused == {(str(a), b, way) for a, b in KINDS for way in ("on", "off")}
+    assert all("time" in row for row in dry["shared_expert_fused"])
+    # few tokens go round copies of the layer, and all inputs were held against the reference
+    layers = {(row["tokens"], row["scheme"]): row["layers_in_turn"] for row in points}
+    assert (layers[1, "bf16"], layers[17, "bf16"], layers[1, "nvfp4"]) == (2, 1, 6)
+    assert all(
+        row["checked_inputs"] == max(2, row["layers_in_turn"]) for row in points if row["tokens"] in moe.TINY_TOKENS
+    )
+    assert {row["tokens"] for row in points if row["candidate"] == NAME} == set(DRY_SIZES)
     invariant = [row for row in dry["determinism"] if row["candidate"] == "triton, batch-invariant"]
     assert len(invariant) == 2
     assert all(row["other_bits"] == 0 for row in dry["determinism"])
@@ -162,18 +172,34 @@ def test_what_does_not_fit_into_the_time_is_said() -> None:
     for stage in moe.stages(run).values():
         stage()
     assert run.points == []
+    assert run.absent[NAME] == "no time left"
     # each scheme for both sizes, bf16 beside others as well, and for the smallest with each routing that is not uniform
     assert len([name for name in run.left_out if " tokens" in name and ", " in name]) >= 2 * len(KINDS) + 2
-    assert {"determinism, bf16", "shared expert, 1 tokens", "bf16, uniform, 3 tokens, beside others"} <= set(
+    assert {"determinism, bf16", "shared expert, nvfp4, 1 tokens", "bf16, uniform, 3 tokens, beside others"} <= set(
         run.left_out
     )
 
 
 def test_shares_are_of_the_measured_floor() -> None:
-    row: dict[str, Any] = {"least_bytes": 4e9, "flop": 1e9, "flop_speedup": 1.0, "time": {"median_us": 2000.0}}
-    moe.with_shares([row], {"read_bytes_per_s": 4e12, "bf16_flop_per_s": 8e14})
+    limits = {"read_bytes_per_s": 4e12, "bf16_flop_per_s": 8e14, "fp8_flop_per_s": 1.2e15}
+    row: dict[str, Any] = {"scheme": "bf16", "least_bytes": 4e9, "flop": 1e9, "flop_speedup": 1.0}
+    row["time"] = {"median_us": 2000.0}
+    moe.with_shares([row], limits)
     assert row["share_of_floor"] == pytest.approx(0.5)
     assert row["tflop_per_s"] == pytest.approx(0.5)
+    # codes as fast as torch multiplies them; where it does not, twice as fast as bf16
+    for scheme, least_us in (("fp8-block", 1000.0), ("int8-w8a8", 750.0)):
+        codes = row | {"scheme": scheme, "least_bytes": 1e6, "flop": 1.2e12, "flop_speedup": 2.0}
+        moe.with_shares([codes], limits)
+        assert codes["share_of_floor"] == pytest.approx(least_us / 2000)
+    row |= {"scheme": "fp8-block", "least_bytes": 1e6, "flop": 1.2e12, "flop_speedup": 2.0}
+    moe.with_shares([row], limits | {"fp8_flop_per_s": None})
+    assert row["share_of_floor"] == pytest.approx(750 / 2000)
+
+
+def test_the_product_of_codes_is_one() -> None:
+    left, right = (torch.randint(-8, 9, size).bfloat16() for size in ((32, 48), (48, 16)))
+    assert torch.equal(product_of_codes(left, right)(0), left @ right)
 
 
 def test_views_are_no_launches() -> None:

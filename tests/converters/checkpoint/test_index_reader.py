@@ -103,9 +103,7 @@ def test_file_that_is_no_regular_file_is_refused_without_opening_it(small: Path,
 
 def test_missing_shard_is_named(small: Path) -> None:
     (small / "model-00002-of-00002.safetensors").unlink()
-    with pytest.raises(
-        InputError, match="model-00002-of-00002.safetensors: expected a file that the index or"
-    ):
+    with pytest.raises(InputError, match="model-00002-of-00002.safetensors: expected a file that the index or"):
         scan_checkpoint(small)
 
 
