@@ -1,6 +1,6 @@
 """What is measured besides the main table: the shared expert as a slot or apart, and whether results repeat."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -49,7 +49,7 @@ def _shared_expert(run: Run, experts: LocalExperts) -> list[dict[str, Any]]:
             continue
         batches = list(batches_of(run, num_tokens))
         layers = run.copies(experts) if num_tokens <= COLD_TOKENS else [experts]
-        ways = in_turn([both_ways(layer, run.device) for layer in layers])
+        ways = in_turn([both_ways(layer, batches) for layer in layers])
         rows += _compared(run, ways, batches, limit, {**kind, "tokens": num_tokens, "layers_in_turn": len(layers)})
         del layers, ways
         run.free()
@@ -80,45 +80,64 @@ def _compared(
     return rows
 
 
-def both_ways(experts: LocalExperts, device: torch.device) -> list[Candidate]:
+def both_ways(experts: LocalExperts, batches: Sequence[Batch]) -> list[Candidate]:
     """Return the shared expert as a slot ("on") and apart ("off")."""
-    return [Candidate("on", next(ours(experts, device)).run), Candidate("off", apart(experts, device))]
+    slot = next(ours(experts, experts.weights.device))
+    return [Candidate("on", slot.run), Candidate("off", apart(experts, batches))]
 
 
-def apart(experts: LocalExperts, device: torch.device) -> Callable[[Batch], torch.Tensor]:
-    """Return what computes the routed slots by our kernels, and the shared expert behind them.
+def apart(experts: LocalExperts, batches: Sequence[Batch]) -> Callable[[Batch], torch.Tensor]:
+    """Return what computes routed experts by our kernels as a layer without a shared one, and that one behind them.
 
-    Plain weights of it are multiplied by torch, codes by our kernels in launches of their own.
+    Plain weights of it are multiplied by torch, codes by our kernels in launches of their own. Slots of both are made
+    here, of each batch that will come: none of that is timed.
     """
-    routed, weights = next(ours(experts, device)), experts.weights
-    alone = next(ours(replace(experts, weights=only_shared(weights)), device))
+    weights, device = experts.weights, experts.weights.device
+    routed, alone = (
+        next(ours(replace(experts, weights=part_of(weights, some)), device))
+        for some in (slice(weights.num_routed), slice(weights.num_routed, None))
+    )
+    given = {id(batch): (routed_only(batch), shared_only(batch)) for batch in batches}
 
-    def shared(hidden_TH: torch.Tensor) -> torch.Tensor:
+    def shared(batch: Batch) -> torch.Tensor:
         if not weights.scheme.is_plain:
-            ids_T1 = torch.zeros(len(hidden_TH), 1, dtype=torch.int32, device=device)
-            return alone.run(Batch(hidden_TH, Slots(ids_T1, torch.ones(ids_T1.shape, device=device), 1, 0)))
-        gate_up = torch.nn.functional.linear(hidden_TH, weights.up.codes[-1])
+            return alone.run(batch)
+        gate_up = torch.nn.functional.linear(batch.hidden_TH, weights.up.codes[-1])
         active = torch.nn.functional.silu(gate_up[:, 0::2]) * gate_up[:, 1::2]
         return torch.nn.functional.linear(active, weights.down.codes[-1])
 
     def run(batch: Batch) -> torch.Tensor:
-        ids_TK = batch.slots.ids_TK.clone()
-        ids_TK[:, -batch.slots.num_shared :] = -1
-        return routed.run(Batch(batch.hidden_TH, replace(batch.slots, ids_TK=ids_TK))) + shared(batch.hidden_TH)
+        of_routed, of_shared = given[id(batch)]
+        return routed.run(of_routed).add_(shared(of_shared))
 
     return run
 
 
-def only_shared(weights: ExpertWeights) -> ExpertWeights:
-    """Return the shared expert as a layer of one routed expert."""
+def routed_only(batch: Batch) -> Batch:
+    """Return the choices of routed experts alone, for a layer that has no others."""
+    slots = batch.slots
+    num_choices = slots.num_choices - slots.num_shared
+    ids_TK, weights_TK = (part[:, :num_choices].contiguous() for part in (slots.ids_TK, slots.weights_TK))
+    return Batch(batch.hidden_TH, Slots(ids_TK, weights_TK, slots.num_experts - slots.num_shared, 0))
 
-    def last(packed: Packed) -> Packed:
-        parts = (packed.codes, packed.scales, packed.global_scale)
-        codes, scales, global_scale = (None if part is None else part[-1:] for part in parts)
-        assert codes is not None
-        return Packed(codes, scales, global_scale)
 
-    return replace(weights, up=last(weights.up), down=last(weights.down), num_routed=1, num_shared=0)
+def shared_only(batch: Batch) -> Batch:
+    """Return the same tokens for a layer of the shared expert alone, as its routed one."""
+    ids_T1 = torch.zeros_like(batch.slots.ids_TK[:, :1])
+    return Batch(batch.hidden_TH, Slots(ids_T1, torch.ones_like(batch.slots.weights_TK[:, :1]), 1, 0))
+
+
+def part_of(weights: ExpertWeights, experts: slice) -> ExpertWeights:
+    """Return some experts as a layer of routed ones."""
+
+    def some(packed: Packed) -> Packed:
+        scales, global_scale = (
+            None if part is None else part[experts] for part in (packed.scales, packed.global_scale)
+        )
+        return Packed(packed.codes[experts], scales, global_scale)
+
+    up = some(weights.up)
+    return replace(weights, up=up, down=some(weights.down), num_routed=len(up.codes), num_shared=0)
 
 
 def determinism(run: Run) -> list[dict[str, Any]]:

@@ -96,8 +96,10 @@ class Tuning:
         best = {op: fastest(base, [(one, row) for one, row in zip(tried, rows, strict=True) if one.op in ("", op)])
                 for op in (UP, DOWN, BOTH)}  # fmt: skip
         joined = replace(base.tiles, up=best[UP].tiles.up, down=best[DOWN].tiles.down)
-        last = list({one.tiles: one for one in (base, Variant(BOTH, ", ".join(changes(base.tiles, joined)), joined),
-                                                best[BOTH])}.values())  # fmt: skip
+        # each once, and the chosen ones by themselves: without another up or down the joined are the same
+        finalists = {one.tiles: one for one in (Variant(BOTH, ", ".join(changes(base.tiles, joined)), joined),
+                                                best[BOTH]) if one.tiles != base.tiles}  # fmt: skip
+        last = [base, *finalists.values()]
         # those that were the fastest of many once more, beside the chosen ones alone
         again = around.measure(last) if len(last) > 1 else []
         chosen = fastest(base, list(zip(last, again, strict=False)))

@@ -11,9 +11,8 @@ from typing import Any
 from converters.checkpoint.content_digest import new_hasher
 from converters.checkpoint.disk_read import read_file
 from converters.checkpoint.header import TensorEntry, read_header
-from converters.checkpoint.index import SUFFIX
 from converters.checkpoint.journal import LISTING_FILE
-from converters.checkpoint.manifest import DISTRIBUTION_KEY, MANIFEST_FILE, read_manifest, tensor_record
+from converters.checkpoint.manifest import DISTRIBUTION_KEY, MANIFEST_FILE, read_manifest, stray_weights, tensor_record
 from converters.errors import InputError
 from converters.findings import Finding, fail
 from converters.hub.listing import read_listing, select
@@ -80,7 +79,7 @@ def _check_manifest(
     tensors = _recorded(folder, manifest)
     total = sum(facts["bytes"] for facts in manifest["shards"].values())
     on_bytes, stop = on_start(total), Event()
-    findings = [*_check_side_files(folder, manifest["files"]), *_stray_weights(folder, manifest["shards"])]
+    findings = [*_check_side_files(folder, manifest["files"]), *_check_strays(folder, manifest)]
     pool = start_pool(num_workers, "bytes")
     try:
         found = pool.map(lambda file: _check_shard(folder / file, tensors[file], stop, on_bytes), tensors)
@@ -91,9 +90,9 @@ def _check_manifest(
     return ContentsReport(MANIFEST_FILE, len(tensors) + len(manifest["files"]), total, tuple(findings))
 
 
-def _stray_weights(folder: Path, shards: Mapping[str, Any]) -> list[Finding]:
-    """Return files of weights that the manifest does not know: a loader that takes all there are would load them."""
-    strays = sorted(path.name for path in folder.glob(f"*{SUFFIX}") if path.name not in shards)
+def _check_strays(folder: Path, manifest: Mapping[str, Any]) -> list[Finding]:
+    # a loader that takes all files of weights there are would load them
+    strays = stray_weights(folder, manifest)
     return [fail(f"candidate: {name}", "no such file in the manifest", "one") for name in strays]
 
 

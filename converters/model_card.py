@@ -166,7 +166,7 @@ def _made(facts: CardFacts) -> str:
     lines = [
         f"- `glm4moe quantize SRC DST {facts.options}`, glm4moe {facts.version}",
         f"- sha256 over the source's headers and config: `{facts.source_digest}`",
-        "- origin, transform and sha256 of every tensor: `glm4moe-manifest.json`",
+        "- origin, transform and digest of every tensor: `glm4moe-manifest.json`",
     ]
     lines += facts.calibration or ["- Data-free: no text was used."]
     return "## How it was made\n\n" + "\n".join(lines)

@@ -17,8 +17,7 @@ from converters.workers import start_pool
 
 Peek = Callable[[str, int, int], bytes]
 
-
-# bytes between two spans that cost less than one more request; held until the file itself is there
+# bytes between two spans that cost less than one more request; kept, as all that is peeked, to hold the file against
 _GAP_BYTES = 32 << 10
 
 

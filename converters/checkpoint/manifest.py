@@ -1,4 +1,4 @@
-"""The manifest: provenance and sha256 of every output tensor. It is written last and marks the folder as finished.
+"""The manifest: provenance and digest of every output tensor. It is written last and marks the folder as finished.
 
 It holds no time, host or path, so that the same job gives the same bytes.
 """
@@ -12,6 +12,7 @@ from typing import Any
 
 from converters.checkpoint.content_digest import Algorithm, ContentDigest
 from converters.checkpoint.header import TensorEntry
+from converters.checkpoint.index import SUFFIX
 from converters.checkpoint.journal import ShardRecord, TensorRecord
 from converters.checkpoint.plan import OutputPlan, Shard, SourceRows, Unit
 from converters.checkpoint.reader import CheckpointReader
@@ -27,8 +28,8 @@ _READ = frozenset({SCHEMA, "glm4moe.manifest/2"})
 DISTRIBUTION_KEY = "distribution"
 # a 355B checkpoint cut for 32 ranks has 290 MB
 MAX_MANIFEST_BYTES = 384 << 20
-# facts about how a transform runs, not about what it does
 _TENSOR_KEYS = frozenset({"file", "dtype", "shape", "source_digest", "transform", "sources"})
+# facts about how a transform runs, not about what it does
 _NOT_PARAMETERS = frozenset({"name", "working_bytes"})
 
 
@@ -189,7 +190,9 @@ def _is_shard(value: Any) -> bool:
 
 def _is_distributed(value: Any) -> bool:
     """Return whether this is how a tensor that is cut for ranks is recorded."""
-    slices = value.get("slices") if isinstance(value, dict) else None
+    if not isinstance(value, dict) or not isinstance(value.get("dtype"), str):
+        return False
+    slices = value.get("slices")
     return isinstance(slices, list) and all(
         isinstance(part, dict)
         and isinstance(part.get("ranks"), list)
@@ -233,6 +236,11 @@ def tensor_record(name: str, facts: Mapping[str, Any]) -> TensorRecord:
         return TensorRecord.from_json(facts)
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"{MANIFEST_FILE}: tensor {name}", expected="digests in hex", found=repr(error)) from error
+
+
+def stray_weights(folder: Path, manifest: Mapping[str, Any]) -> list[str]:
+    """Return the names of files of weights in a folder that its manifest does not know."""
+    return sorted(path.name for path in folder.glob(f"*{SUFFIX}") if path.name not in manifest["shards"])
 
 
 def plain_name(name: str) -> str:

@@ -8,8 +8,8 @@ from typing import Any
 
 from converters.checkpoint.disk_read import read_file
 from converters.checkpoint.header import TensorEntry, read_header
-from converters.checkpoint.index import SUFFIX, CheckpointIndex, checked_path
-from converters.checkpoint.manifest import DISTRIBUTION_KEY, MANIFEST_FILE, read_manifest
+from converters.checkpoint.index import CheckpointIndex, checked_path
+from converters.checkpoint.manifest import DISTRIBUTION_KEY, MANIFEST_FILE, read_manifest, stray_weights
 from converters.config import CONFIG_FILE, Glm4MoeConfig, read_json
 from converters.errors import InputError, UsageError
 from converters.formats.declared import declared_schemes, read_quantization
@@ -158,13 +158,18 @@ def _read_headers(folder: Path, shards: dict[str, Any]) -> tuple[dict[int, dict[
 
 def _notes(folder: Path, manifest: dict[str, Any]) -> tuple[str, ...]:
     """Return what is not as it was written although nothing of it is needed to join the tensors."""
-    changed = [name for name, digest in sorted(manifest["files"].items()) if _sha256(folder / name) != digest]
-    strays = sorted(path.name for path in folder.glob(f"*{SUFFIX}") if path.name not in manifest["shards"])
-    notes = [f"{name} is not the file that {MANIFEST_FILE} has; what is there is taken." for name in changed]
+    notes = []
+    for name, digest in sorted(manifest["files"].items()):
+        if not (folder / name).exists():
+            notes.append(f"{name}, which {MANIFEST_FILE} has, is missing.")
+        elif _sha256(folder / name) != digest:
+            notes.append(f"{name} is not the file that {MANIFEST_FILE} has; what is there is taken.")
+    strays = stray_weights(folder, manifest)
     return (*notes, *(f"{name} is not in {MANIFEST_FILE}; it is left out." for name in strays))
 
 
 def _sha256(path: Path) -> str:
+    """Return the digest of a file; none of one that cannot be read."""
     try:
         return hashlib.sha256(read_file(path)).hexdigest()
     except (OSError, InputError):

@@ -130,13 +130,12 @@ class FusedExperts:
 
     def _multiply(self, given: "_Given", weights_TK: torch.Tensor, out_SD: torch.Tensor) -> None:
         """Write each slot's result, times its weight; filtered slots keep what they hold."""
-        tiles, experts, hidden_TD = given.tiles, given.experts, given.hidden_TD
+        tiles, experts, hidden_TD, dtype = given.tiles, given.experts, given.hidden_TD, given.hidden_TD.dtype
         rows = self._rows(given.slots, tiles.block_m, given.workspace)
         made = FusedInputs(self.ops, experts, rows, given.workspace)
         is_native = made.is_native(hidden_TD.device)
-        active = made.room(hidden_TD.dtype, writes_codes=tiles.can_write_codes)
+        active = made.room(dtype, writes_codes=tiles.can_write_codes)
         inputs = made.of_tokens(hidden_TD)
-        dtype = hidden_TD.dtype
         self.ops.up(inputs, experts.weights, rows, active, tiles.up, native_fp4=is_native, rounded_to=dtype)
         inputs = made.of_activations(active)
         self.ops.down(inputs, experts.weights, rows, weights_TK, out_SD, tiles.down, native_fp4=is_native)

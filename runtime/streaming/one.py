@@ -129,7 +129,10 @@ class OneJob:
 
     @property
     def read_bytes(self) -> int:
-        """Bytes of weights that a run reads at most, the head's among them where logits are made of it."""
+        """Bytes of weights that a run reads at most, the head's among them, once, where logits are made of it.
+
+        Rows of the embedding are not counted.
+        """
         (side,) = self._sides
         names = [name for batch in self._batches for of_side in batch.names for name in of_side]
         return side.loader.stored_bytes((*names, *(side.head_names() if self._with_head else ())))

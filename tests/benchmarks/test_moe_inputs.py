@@ -1,6 +1,7 @@
 """What a benchmark of MoE layers times was held against the reference before: each input, each copy, each graph."""
 
 import multiprocessing
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,8 +11,10 @@ import torch
 from benchmarks import moe, moe_inductor, moe_run, moe_timing
 from benchmarks.moe_cold import copies_of, num_layers
 from benchmarks.moe_compile import blank_layer
+from benchmarks.moe_counts import count
+from benchmarks.moe_extras import apart, part_of, routed_only, shared_only
 from benchmarks.moe_inductor import NAME
-from benchmarks.moe_layers import Batch, make_experts, make_layer
+from benchmarks.moe_layers import Batch, make_batch, make_experts, make_layer
 from benchmarks.moe_peers import Candidate, in_turn, ours
 from benchmarks.moe_run import Run
 from benchmarks.moe_timing import Deadline, Prepared, Timing
@@ -79,6 +82,24 @@ def test_shared_experts_of_layers_in_turn_do_not_fit_into_caches() -> None:
     for copy in parts[1:]:
         assert all(torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in zip(copy, parts[0], strict=True))
     assert len({part.data_ptr() for copy in parts for part in copy}) == 9
+
+
+@pytest.mark.parametrize("scheme", [ExpertScheme.BF16, ExpertScheme.FP8_BLOCK])
+def test_a_shared_expert_apart_has_its_slots_before_it_is_timed(scheme: ExpertScheme) -> None:
+    """They were made in each call, as up to four launches more that no model has."""
+    experts = make_experts(make_layer(SHAPE, scheme, CPU), is_quantized=scheme is ExpertScheme.FP8_BLOCK)
+    batch = make_batch(SHAPE, 3, "uniform", CPU, seed=0)
+    weights, given = experts.weights, (routed_only(batch), shared_only(batch))
+    halves = (slice(weights.num_routed), slice(weights.num_routed, None))
+    parts = [next(ours(replace(experts, weights=part_of(weights, half)), CPU)) for half in halves]
+    launches = [
+        count(lambda one=one, some=some: one.run(some)).launches for one, some in zip(parts, given, strict=True)
+    ]
+    if scheme.is_plain:
+        # by torch: two products, and SwiGLU in two
+        launches[1] = 4
+    run = apart(experts, [batch])
+    assert count(lambda: run(batch)).launches == sum(launches) + 1
 
 
 def test_inputs_go_round_batches_and_copies() -> None:

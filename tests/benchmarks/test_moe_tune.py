@@ -133,6 +133,20 @@ def test_the_fastest_of_each_product_are_tried_together_and_suggested(monkeypatc
 
 
 @pytest.mark.usefixtures("twins")
+def test_a_form_is_suggested_where_up_and_down_stay_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The chosen tiles were taken for a variant when they were timed again, and no boundary was ever suggested."""
+
+    def timed(works: dict[str, Any], *_: Any) -> dict[str, Timing]:
+        return {name: Timing(us, us, us) for name, us in zip(works, (100.0, 50.0), strict=True)}
+
+    monkeypatch.setattr(moe_tune, "time_in_turn", timed)
+    experts = make_experts(make_layer(moe_tune.TINY, BF16, CPU), is_quantized=False)
+    found = Tuning(SHAPE, CPU, Deadline(60)).point(experts, 4)
+    assert [row["change"] for row in found["again"]] == ["", "is_gemv True -> False"]
+    assert found["suggested"] == ["is_gemv True -> False", "GEMV_ROWS 0.3 -> at most 0.2"]
+
+
+@pytest.mark.usefixtures("twins")
 def test_wrong_tiles_get_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
     right = FusedOps.of_twins()
 

@@ -86,6 +86,14 @@ def test_merged_and_cut_anew_by_the_digest_that_is_asked_for(
     assert_same_tensors(read_tensors(back), read_tensors(src))
 
 
+def test_a_digest_beside_a_format_is_refused(program: Program, src: Path, tmp_path: Path) -> None:
+    ended = program("convert", str(src), str(tmp_path / "dst"), "--format", "modelopt", "--digest", "xxh3")
+    assert ended.exit_code == 2
+    refused = "Error: --format modelopt: expected no --layout, --dtype, --dequantize, --mtp, --digest"
+    assert ended.stderr.startswith(refused)
+    assert not (tmp_path / "dst").exists()
+
+
 def algorithms(folder: Path) -> set[str]:
     """Return the algorithms by which a manifest knows tensors."""
     tensors = json.loads((folder / MANIFEST_FILE).read_text())["tensors"].values()
