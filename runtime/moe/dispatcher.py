@@ -155,7 +155,7 @@ def combine_slots(values_SD: torch.Tensor, slots: Slots, workspace: Workspace) -
     No other token, rank or layout changes the order. The result lies in the workspace.
     """
     num_tokens, num_choices = slots.ids_TK.shape
-    values_TKD = values_SD.view(num_tokens, num_choices, -1)
+    values_TKD = values_SD.view(num_tokens, num_choices, values_SD.shape[1])
     shape = (num_tokens, values_SD.shape[1])
     sums_TD = workspace.take("sums", shape, torch.float32).zero_()
     weighted_TD = workspace.take("weighted", shape, torch.float32)

@@ -88,6 +88,14 @@ def test_grouped_experts_equal_the_loop_over_experts(make_checkpoint, backend, n
     assert seen[0].layer == 5
 
 
+@pytest.mark.parametrize(("backend", "num_shared"), GROUPED)
+def test_grouped_experts_take_no_tokens(make_checkpoint, backend, num_shared):
+    """A rank may have none while others have some."""
+    config = Glm4MoeConfig.from_folder(make_checkpoint().folder)
+    moe = filled_moe(config, grouped_plan(backend, num_shared))
+    assert moe(torch.zeros(1, 0, config.hidden_size), None).shape == (1, 0, config.hidden_size)
+
+
 @pytest.mark.parametrize("backend", [BATCHED, CUTLASS, TRITON])
 def test_fused_shared_expert_is_never_scaled(make_checkpoint, backend, monkeypatch):
     """The same block with the shared slot at 2.5, or at 1 / 2.5, is far off: the comparison above would see it."""
