@@ -11,6 +11,7 @@ from builders import small_checkpoint
 from safetensors.torch import save_file
 
 from converters.blocks import as_bytes
+from converters.checkpoint.content_digest import Algorithm
 from converters.checkpoint.plan import Beside, Columns, OutputTensor, SourceRows, Unit
 from converters.checkpoint.reader import CheckpointReader
 from converters.copying import Copying, begin, is_bytewise
@@ -75,10 +76,10 @@ def test_bytes_and_digests_are_those_of_the_way_through_tensors(
     made = {}
     for kind in (Copying, Making):
         unit = Unit((OutputTensor("y", reader.entry(LEFT).dtype, (1, 1)),), sources, Copy())
-        digest, run = SourceDigest(unit), Run(reader, RunOptions(1, max_memory), lambda _: None)
+        digest, run = SourceDigest(), Run(reader, RunOptions(1, max_memory), lambda _: None)
         blocks = [(row, as_bytes(block, run.cuts).tobytes()) for row, (block,) in kind(unit, run, digest).blocks()]
-        made[kind] = blocks, digest.text
-        assert digest.text == source_digest_of(reader, unit, 100)
+        made[kind] = blocks, digest.found
+        assert digest.found == source_digest_of(reader, unit, 100, Algorithm.XXH3)
     assert made[Copying] == made[Making]
     assert len(made[Copying][0]) > (max_memory == 1000)
 
