@@ -6,9 +6,9 @@ Makes a synthetic GLM-4.5-Air checkpoint (6.54 GB with 64 experts) under SCRATCH
 shards, runs everything interleaved, and writes benchmarks/results/shard.json: medians, spread, ratios to cp, peak
 memory, by what is done before each run about page cache and free memory (`measure.STATES`); whether the merged
 checkpoint has the content digest of the original; bytes of each rank for released models. A checkpoint larger than the
-machine's memory, as real ones are, with --experts 320 --states "source not in page cache" --only-shards --result
-shard_large.json: the source goes once it is cut, so that two copies of it are all that the disk has to hold, and `cp`
-copies the shards, which are the same bytes; `shard` of a whole checkpoint of that size is in convert_large.json.
+machine's memory, as real ones are, with --experts 240 --rounds 2 --states "source not in page cache" --result
+shard_large.json. With --only-shards the source goes once it is cut, so that two copies of it are all that the disk has
+to hold: `cp` then copies the shards, which are the same bytes, and `shard` of a whole checkpoint is not run.
 """
 
 import argparse
