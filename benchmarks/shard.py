@@ -7,8 +7,7 @@ shards, runs everything interleaved, and writes benchmarks/results/shard.json: m
 memory, by what is done before each run about page cache and free memory (`measure.STATES`); whether the merged
 checkpoint has the content digest of the original; bytes of each rank for released models. A checkpoint larger than the
 machine's memory, as real ones are, with --experts 240 --rounds 2 --states "source not in page cache" --result
-shard_large.json. With --only-shards the source goes once it is cut, so that two copies of it are all that the disk has
-to hold: `cp` then copies the shards, which are the same bytes, and `shard` of a whole checkpoint is not run.
+shard_large.json.
 """
 
 import argparse
@@ -32,26 +31,18 @@ RELEASED = ("GLM-4.5", "GLM-4.5-Air", "GLM-4.6", "GLM-4.7")
 MAPPINGS = {"tp8": {"tp": 8}, "tp8 ep8": {"tp": 8, "ep": 8}, "tp4 pp2": {"tp": 4, "pp": 2}}
 
 
-def commands(src: Path | None, cut: Path) -> dict[str, Callable[[Path], Sequence[str]]]:
-    """Return what is measured, by name: a function from the destination to the command line.
-
-    Args:
-        src: the whole checkpoint; None if there only are shards.
-        cut: its shards.
-    """
+def commands(src: Path, cut: Path) -> dict[str, Callable[[Path], Sequence[str]]]:
+    """Return what is measured, by name: a function from the destination to the command line."""
 
     def shard(of: Path, *options: str) -> Callable[[Path], Sequence[str]]:
         return lambda dst: (*GLM4MOE, "shard", str(of), str(dst), "-q", *options)
 
-    copied = str(src or cut)
-    found: dict[str, Callable[[Path], Sequence[str]]] = {
-        "cp -r": lambda dst: ("cp", "-r", copied, str(dst)),
+    return {
+        "cp -r": lambda dst: ("cp", "-r", str(src), str(dst)),
         # what is written here is synced before it has its name; a plain cp may leave all of it in memory
-        "cp -r, synced": lambda dst: ("sh", "-c", 'cp -r "$0" "$1" && sync -f "$1"', copied, str(dst)),
-    }
-    if src is not None:
-        found |= {"shard --tp 8": shard(src, "--tp", "8"), "shard --tp 8 --ep 8": shard(src, "--tp", "8", "--ep", "8")}
-    return found | {
+        "cp -r, synced": lambda dst: ("sh", "-c", 'cp -r "$0" "$1" && sync -f "$1"', str(src), str(dst)),
+        "shard --tp 8": shard(src, "--tp", "8"),
+        "shard --tp 8 --ep 8": shard(src, "--tp", "8", "--ep", "8"),
         "shard --merge, from tp 8": shard(cut, "--merge"),
         "shard --reshard, tp 8 to tp 4 pp 2": shard(cut, "--reshard", "--tp", "4", "--pp", "2"),
     }
@@ -79,7 +70,7 @@ def rank_bytes(scratch: Path) -> dict[str, Any]:
     return found
 
 
-def prepare(scratch: Path, experts: int, *, keep_source: bool) -> tuple[int, bool]:
+def prepare(scratch: Path, experts: int) -> tuple[int, bool]:
     """Make the checkpoint and its shards; return its bytes, and whether merged shards have its content digest."""
     src, cut, back = (scratch / name for name in ("src", "cut", "back"))
     for folder in (src, cut, back):
@@ -88,11 +79,8 @@ def prepare(scratch: Path, experts: int, *, keep_source: bool) -> tuple[int, boo
     make = (sys.executable, "benchmarks/synthetic.py", str(src), "--experts", str(experts))
     num_bytes = int(subprocess.run(make, capture_output=True, text=True, check=True).stdout)
     subprocess.run([*GLM4MOE, "shard", str(src), str(cut), "--tp", "8", "-q"], check=True)
-    digest = content_hash(src)
-    if not keep_source:
-        shutil.rmtree(src)
     subprocess.run([*GLM4MOE, "shard", str(cut), str(back), "--merge", "-q"], check=True)
-    same = content_hash(back) == digest
+    same = content_hash(src) == content_hash(back)
     shutil.rmtree(back)
     return num_bytes, same
 
@@ -104,15 +92,12 @@ def main() -> None:
     parser.add_argument("--experts", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--states", nargs="+", choices=STATES, default=list(STATES))
-    parser.add_argument("--only-shards", action="store_true", help="remove the source once it is cut")
     parser.add_argument("--result", default="shard.json", help="file under benchmarks/results")
     args = parser.parse_args()
     src, cut = args.scratch / "src", args.scratch / "cut"
-    num_bytes, same = prepare(args.scratch, args.experts, keep_source=not args.only_shards)
-    folders = [cut] if args.only_shards else [src, cut]
-    chosen = commands(None if args.only_shards else src, cut)
-    found = interleave_states(chosen, folders, args.scratch, args.rounds, args.states)
-    for folder in folders:
+    num_bytes, same = prepare(args.scratch, args.experts)
+    found = interleave_states(commands(src, cut), [src, cut], args.scratch, args.rounds, args.states)
+    for folder in (src, cut):
         shutil.rmtree(folder)
     result = {
         "environment": environment(),

@@ -287,8 +287,8 @@ def invariant_paged_attention(
     """Return what `paged_attention` does; a row has the same bits whatever tokens and sequences come with it.
 
     There is one tile for any number of new tokens, and no sequence is split, whatever `run_tokens` says: runs are for
-    single tokens, and would add their sums up in another order than a prompt's. That costs time where few sequences are
-    long.
+    single tokens, and would add their sums up in another order than a prompt's. So there are no sums of runs for the
+    workspace. That costs time where few sequences are long.
     """
     per_group = query_THP.shape[1] // pages.keys_NSGP.shape[2]
     found = tile(batch.max_tokens_q, per_group, is_invariant=True)
