@@ -235,7 +235,12 @@ def tensor_record(name: str, facts: Mapping[str, Any]) -> TensorRecord:
             facts = {**facts, "source_digest": ContentDigest.from_json(facts).text}
         return TensorRecord.from_json(facts)
     except (KeyError, TypeError, ValueError) as error:
-        raise InputError(f"{MANIFEST_FILE}: tensor {name}", expected="digests in hex", found=repr(error)) from error
+        raise InputError(
+            f"{MANIFEST_FILE}: tensor {name}",
+            expected="digests in hex",
+            found=repr(error),
+            next_step="It is damaged; take it from another copy, or make the folder anew.",
+        ) from error
 
 
 def stray_weights(folder: Path, manifest: Mapping[str, Any]) -> list[str]:
